@@ -1,0 +1,57 @@
+"""Model folders in Hugging Face layout: load a model or tokenizer from one, save one deterministically.
+
+A model folder holds config.json, model.safetensors, tokenizer.json, tokenizer_config.json and
+chat_template.jinja. Remote code never runs and nothing is fetched: assets.py brings folders here first.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "tokenizer.gguf.json",  # the pre-tokenizer's name in llama.cpp, where it is known
+)
+
+
+def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", attn: str = "sdpa") -> Any:
+    """The causal LM in `folder`, in evaluation mode, weights in `dtype` on `device`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, dtype),
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation=attn,
+    )
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The fast tokenizer in `folder`."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer and chat template files of one model folder to another."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def save_model(model: Any, folder: Path, tokenizer_from: Path) -> None:
+    """Write `model` as one safetensors file with its config, and the tokenizer of `tokenizer_from`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, max_shard_size="1TB")
+    copy_tokenizer(tokenizer_from, folder)
