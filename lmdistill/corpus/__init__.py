@@ -1,0 +1,1 @@
+"""Load, render, tokenise, deduplicate, split and pack text; the corpus' reader."""
