@@ -1,0 +1,1 @@
+"""What ships: GGUF files, proof that they compute what the checkpoint computes, and the runtime they run in."""
