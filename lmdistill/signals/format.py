@@ -1,0 +1,196 @@
+"""The teacher cache on disk (memory-mapped variant): constants, the layout of a row, the manifest.
+
+Axes: R rows, T tokens in a row, K entries of a token. See docs/signals.md.
+A shard file is whole rows one after another, no header; a row is one plane a field, each contiguous.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmdistill.errors import IntegrityError
+from lmdistill.signals.codec import Companding
+
+FORMAT_VERSION = 1
+VARIANT = "mmap"
+MANIFEST_FILE = "signals.json"
+NARROW_VOCABULARY = 65_536  # ids below this fit u16; larger vocabularies get a u8 high plane
+BLOCK_BYTES = 65_536  # a flipped byte is located to about this many bytes
+
+
+def row_dtype(row_tokens: int, k: int, vocab_size: int) -> np.dtype[Any]:
+    """One stored row [T]: planes of tokens, flags, top-1, tail, lp_next, ids and gap codes; packed, little-endian."""
+    fields: list[tuple[str, str, tuple[int, ...]]] = [
+        ("token", "<u2", (row_tokens,)),
+        ("flags", "u1", (row_tokens,)),
+        ("top1", "<f2", (row_tokens,)),
+        ("tail", "<f2", (row_tokens,)),
+        ("lp_next", "<f2", (row_tokens,)),
+        ("ids", "<u2", (row_tokens, k)),
+        ("gaps", "u1", (row_tokens, k - 1)),
+    ]
+    if vocab_size > NARROW_VOCABULARY:
+        fields += [("token_high", "u1", (row_tokens,)), ("ids_high", "u1", (row_tokens, k))]
+    return np.dtype(fields)
+
+
+def bytes_per_token(k: int, vocab_size: int) -> int:
+    """The stride of one token: 104 at K = 32 and a vocabulary of at most 65,536."""
+    return row_dtype(1, k, vocab_size).itemsize
+
+
+def shard_name(split: str, index: int) -> str:
+    """File name of a split's shard; its record is beside it with the suffix `.json`."""
+    return f"{split}-{index:05d}.sig"
+
+
+def canonical_json(fields: Any) -> str:
+    """JSON with one spelling only, so that equal contents are equal bytes."""
+    return json.dumps(fields, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def sha256_of(data: bytes) -> str:
+    """Hex sha256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """Who spoke: the teacher, its precision and the engine that ran it."""
+
+    source: str
+    digest: str
+    precision: str
+    engine: str
+    engine_version: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that fixes how rows are stored: T, K, the real vocabulary, the gap code."""
+
+    row_tokens: int
+    k: int
+    vocab_size: int
+    companding: Companding = field(default_factory=Companding)
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """A stored row."""
+        return row_dtype(self.row_tokens, self.k, self.vocab_size)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows under one crc32."""
+        return max(1, BLOCK_BYTES // self.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the manifest says of one shard; `record_sha256` is that of the `.json` beside it."""
+
+    file: str
+    first_row: int
+    rows: int
+    bytes: int
+    sha256: str
+    record_sha256: str
+
+
+@dataclass(frozen=True)
+class SplitEntry:
+    """What the manifest says of one split."""
+
+    rows: int
+    corpus_digest: str  # of the corpus split's tokens and flags
+    shards: tuple[ShardEntry, ...]
+    statistics: dict[str, float | int | None]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """signals.json: everything a reader needs to refuse what does not belong to it."""
+
+    layout: Layout
+    shard_rows: int
+    packing: str
+    tokenizer_digest: str
+    chat_template_digest: str | None
+    teacher: TeacherInfo
+    splits: dict[str, SplitEntry]
+
+    def to_json(self) -> str:
+        """The text of signals.json; its `digest` covers all the rest."""
+        body = {"format": FORMAT_VERSION, "variant": VARIANT, **asdict(self)}
+        return canonical_json({**body, "digest": sha256_of(canonical_json(body).encode())})
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the manifest's contents, and so of all shards': the identity of the cache."""
+        digest: str = json.loads(self.to_json())["digest"]
+        return digest
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parse signals.json; raises IntegrityError for another version or variant, or a changed byte."""
+        try:
+            fields = json.loads(text)
+            version, variant = fields.pop("format"), fields.pop("variant")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise _damaged(f"it does not parse: {error!r}") from error
+        if (version, variant) != (FORMAT_VERSION, VARIANT):
+            raise IntegrityError(
+                f"this teacher cache has format {version}, variant '{variant}'",
+                why=f"this lmdistill reads format {FORMAT_VERSION}, variant '{VARIANT}'",
+                fix="use the lmdistill that wrote it, or run the teach stage again",
+            )
+        try:
+            manifest = cls._from_fields(fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(f"a field is missing or unknown: {error!r}") from error
+        if manifest.to_json() != text:
+            raise _damaged("its digest does not fit its contents")
+        return manifest
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Manifest:
+        del fields["digest"]
+        fields["layout"]["companding"] = Companding(**fields["layout"]["companding"])
+        fields["layout"] = Layout(**fields["layout"])
+        fields["teacher"] = TeacherInfo(**fields["teacher"])
+        for split in fields["splits"].values():
+            split["shards"] = tuple(ShardEntry(**shard) for shard in split["shards"])
+        fields["splits"] = {name: SplitEntry(**split) for name, split in fields["splits"].items()}
+        return cls(**fields)
+
+
+def _damaged(why: str) -> IntegrityError:
+    return IntegrityError(f"{MANIFEST_FILE} is damaged", why=why, fix="run the teach stage again")
+
+
+def find_folder(folder: Path) -> Path:
+    """The folder that holds signals.json: `folder` or its `out/`; raises IntegrityError where neither does."""
+    for candidate in (Path(folder), Path(folder) / "out"):
+        if (candidate / MANIFEST_FILE).is_file():
+            return candidate
+    raise IntegrityError(
+        f"no teacher cache in {folder}",
+        why=f"{MANIFEST_FILE} is missing there and in its out/",
+        fix="give the folder of a finished teach stage",
+    )
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest in `folder`; raises IntegrityError where it is missing, damaged or of another version."""
+    try:
+        text = (folder / MANIFEST_FILE).read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise _damaged(str(error)) from error
+    return Manifest.from_json(text)

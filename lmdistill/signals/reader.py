@@ -1,0 +1,178 @@
+"""Reads a teacher cache: random access by row, decoded to arrays a loss can use, proven on every batch.
+
+Axes: R rows of a batch, T tokens in a row, K entries of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmdistill.errors import IntegrityError, LmdistillError
+from lmdistill.signals.alignment import check_alignment
+from lmdistill.signals.format import Manifest, ShardEntry, find_folder, load_manifest
+from lmdistill.signals.integrity import shard_problems
+
+F32 = NDArray[np.float32]
+DECODE_ROWS = 8  # rows decoded at a time: their temporaries stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class SignalsBatch:
+    """Rows of the cache, decoded. Position t holds the teacher's prediction of token t+1."""
+
+    rows: NDArray[np.int64]  # [R] indices into the split
+    tokens_RT: NDArray[np.int32]
+    flags_RT: NDArray[np.uint8]  # LOSS | DOC_START | PAD as in the corpus
+    ids_RTK: NDArray[np.int32]  # most likely first
+    logp_RTK: F32  # nats, descending
+    tail_RT: F32  # log of the mass outside the K ids; −inf where K is the whole vocabulary
+    lp_next_RT: F32  # the teacher's log-prob of token t+1; NaN at a row's last position
+
+
+class SignalsReader:
+    """One split of the cache in `folder` (an artefact or its out/).
+
+    Raises IntegrityError for an unknown version, a shard whose size or sha256 is off (checked when it is first
+    opened, unless `verify` is False), and log-probs that do not belong to their tokens.
+    """
+
+    def __init__(self, folder: Path, split: str = "train", verify: bool = True) -> None:
+        self.folder = find_folder(Path(folder))
+        self.manifest: Manifest = load_manifest(self.folder)
+        if split not in self.manifest.splits:
+            raise IntegrityError(
+                f"the teacher cache {self.folder} has no split '{split}'",
+                why=f"it has {', '.join(self.manifest.splits)}",
+                fix=f"add '{split}' to the teach stage's `splits`",
+            )
+        self.split, self.verify = split, verify
+        self._shards = self.manifest.splits[split].shards
+        self._maps: dict[int, NDArray[Any]] = {}
+        for shard in self._shards:
+            self._check_size(shard)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers of a data loader open their own maps."""
+        return {**self.__dict__, "_maps": {}}
+
+    @property
+    def rows(self) -> int:
+        """Rows R of the split."""
+        return self.manifest.splits[self.split].rows
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens T of a row."""
+        return self.manifest.layout.row_tokens
+
+    @property
+    def k(self) -> int:
+        """Entries K of a token."""
+        return self.manifest.layout.k
+
+    @property
+    def vocab_size(self) -> int:
+        """Real vocabulary V: every id is below it."""
+        return self.manifest.layout.vocab_size
+
+    @property
+    def digest(self) -> str:
+        """Identity of the cache: changes with any byte of any shard."""
+        return self.manifest.digest
+
+    @property
+    def statistics(self) -> dict[str, float | int | None]:
+        """What the writer measured on this split (head_mass, teacher_nll, …; see docs/signals.md)."""
+        return self.manifest.splits[self.split].statistics
+
+    def read(self, rows: Sequence[int] | NDArray[Any] | slice) -> SignalsBatch:
+        """The asked rows in the asked order; raises IntegrityError where they fail the alignment proof."""
+        chosen = np.arange(self.rows)[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+        if chosen.size and (chosen.min() < 0 or chosen.max() >= self.rows):
+            raise LmdistillError(f"row {chosen.min()}…{chosen.max()} asked of a split of {self.rows} rows")
+        shape = (len(chosen), self.row_tokens)
+        batch = SignalsBatch(
+            rows=chosen,
+            tokens_RT=np.empty(shape, np.int32),
+            flags_RT=np.empty(shape, np.uint8),
+            ids_RTK=np.empty((*shape, self.k), np.int32),
+            logp_RTK=np.empty((*shape, self.k), np.float32),
+            tail_RT=np.empty(shape, np.float32),
+            lp_next_RT=np.empty(shape, np.float32),
+        )
+        for start in range(0, len(chosen), DECODE_ROWS):
+            self._decode(batch, slice(start, start + DECODE_ROWS))
+        return batch
+
+    def _decode(self, batch: SignalsBatch, part: slice) -> None:
+        layout = self.manifest.layout
+        raw = self._raw(batch.rows[part])
+        tokens, ids, logp = batch.tokens_RT[part], batch.ids_RTK[part], batch.logp_RTK[part]
+        tokens[...], ids[...] = raw["token"], raw["ids"]
+        same_RTK = raw["ids"][:, :-1] == raw["token"][:, 1:, None]
+        if "ids_high" in layout.dtype.fields:  # type: ignore[operator]
+            tokens += raw["token_high"].astype(np.int32) << 16
+            ids += raw["ids_high"].astype(np.int32) << 16
+            same_RTK &= raw["ids_high"][:, :-1] == raw["token_high"][:, 1:, None]
+        batch.flags_RT[part] = raw["flags"]
+        batch.tail_RT[part] = raw["tail"]
+        batch.lp_next_RT[part] = raw["lp_next"]
+        layout.companding.decode(raw["top1"], raw["gaps"], logp)
+        self._prove(batch, part, same_RTK, raw["gaps"])
+
+    def _prove(self, batch: SignalsBatch, part: slice, same_RTK: NDArray[Any], gaps_RTK: NDArray[Any]) -> None:
+        companding = self.manifest.layout.companding
+        found = check_alignment(same_RTK, gaps_RTK, batch.logp_RTK[part], batch.lp_next_RT[part], companding)
+        if found is None:
+            return
+        row = int(batch.rows[part][found.row])
+        shard = self._shards[self._shard_of(row)]
+        raise IntegrityError(
+            f"the log-probs in {shard.file}, row {row} of '{self.split}', do not belong to its tokens",
+            why=f"position {found.position}: the next token has log-prob {found.expected:.4f}, the entries say "
+            f"{found.decoded:.4f}; {found.failures} of {found.checked} positions differ. Likely: tokens and "
+            "log-probs shifted by one, tokens of another tokenizer, or a shard of another cache",
+            fix="delete this shard or the artefact and run the teach stage again",
+        )
+
+    def _raw(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """The stored rows, copied out of the maps."""
+        raw = np.empty(len(rows), self.manifest.layout.dtype)
+        for place, row in enumerate(rows):
+            index = self._shard_of(int(row))
+            raw[place] = self._map(index)[int(row) - self._shards[index].first_row]
+        return raw
+
+    def _shard_of(self, row: int) -> int:
+        return row // self.manifest.shard_rows
+
+    def _map(self, index: int) -> NDArray[Any]:
+        if index not in self._maps:
+            shard = self._shards[index]
+            problems = shard_problems(self.folder, shard, self.manifest.layout) if self.verify else []
+            if problems:
+                raise IntegrityError(
+                    f"shard {shard.file} of {self.folder} is damaged",
+                    why="; ".join(problems[:4]),
+                    fix="delete that shard's files and run the teach stage again: it alone is recomputed",
+                )
+            self._maps[index] = np.memmap(self.folder / shard.file, self.manifest.layout.dtype, mode="r")
+        return self._maps[index]
+
+    def _check_size(self, shard: ShardEntry) -> None:
+        path = self.folder / shard.file
+        found = path.stat().st_size if path.exists() else -1
+        if found != shard.bytes:
+            raise IntegrityError(
+                f"shard {path} " + ("is missing" if found < 0 else f"has {found} bytes, not {shard.bytes}"),
+                fix="run the teach stage again: this shard alone is recomputed",
+            )
