@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class LmdistillError(Exception):
     """A failure with a message for the user; the command line prints it and exits with `exit_code`."""
@@ -45,3 +48,9 @@ class StageError(LmdistillError):
 
 class LockedError(LmdistillError):
     """Another pipeline works in the same run folder."""
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing where no word is near."""
+    close = difflib.get_close_matches(str(word), sorted(words), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
