@@ -202,6 +202,7 @@ class Stage(Generic[ConfigT]):
     inputs: ClassVar[tuple[Input, ...]] = ()
     output: ClassVar[str]
     tools: ClassVar[tuple[str, ...]] = ()  # distributions whose version changes the bytes
+    uses_names: ClassVar[bool] = False  # `ctx.name` or the inputs' names change the bytes; always so for `many` inputs
 
     def uses_teacher(self, config: ConfigT) -> bool:
         """Whether the teacher's digest is part of the fingerprint."""

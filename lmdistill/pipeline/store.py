@@ -1,0 +1,137 @@
+"""Artefacts on disk: `NN-name-<fp12>/` when finished, `.partial-name-<fp12>/` while being made.
+
+A finished folder appears by one rename, after every file in it is durable and its manifest is written. It is found
+by its fingerprint, whatever its number and name, so that a recipe whose stages move or are renamed finds its work.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmdistill.errors import IntegrityError
+from lmdistill.pipeline.files import fsync, fsync_tree, sha256_file, write_json
+from lmdistill.pipeline.keys import SHORT, fingerprint
+from lmdistill.pipeline.stage import Artefact
+
+LOCK = "work.lock"  # held by the process that works in a partial folder
+
+
+@dataclass(frozen=True)
+class Store:
+    """The artefacts of one run folder."""
+
+    root: Path
+
+    def find(self, name: str, stage: str, kind: str, key: Mapping[str, Any]) -> Artefact | None:
+        """The finished artefact with this key, under the name it has now; None where there is none."""
+        full = fingerprint(key)
+        for folder in sorted(self.root.glob(f"[0-9]*-{full[:SHORT]}")):
+            if read_key(folder).get("fingerprint") == full:
+                return Artefact(name, stage, kind, full, folder)
+        return None
+
+    def finished(self) -> Iterator[Path]:
+        """Every finished folder, newest first."""
+        folders = [folder for folder in self.root.glob("[0-9]*-*") if (folder / "manifest.json").is_file()]
+        return iter(sorted(folders, key=lambda folder: folder.stat().st_mtime_ns, reverse=True))
+
+    def partial(self, name: str, key: Mapping[str, Any]) -> Path:
+        """The folder in which the artefact with this key is being made, or would be."""
+        short = fingerprint(key)[:SHORT]
+        found = sorted(self.root.glob(f".partial-*-{short}"))
+        return found[0] if found else self.root / f".partial-{name}-{short}"
+
+    def begin(self, name: str, key: Mapping[str, Any]) -> Path:
+        """Open the partial folder; what an interrupted run left in it stays, but for half-written `*.tmp` files."""
+        folder = self.partial(name, key)
+        (folder / "out").mkdir(parents=True, exist_ok=True)
+        (folder / "work").mkdir(exist_ok=True)
+        for leftover in (folder / "out").rglob("*.tmp"):
+            leftover.unlink()
+        write_json(folder / "key.json", {"name": name, "fingerprint": fingerprint(key), "key": key})
+        return folder
+
+    def publish(self, partial: Path, number: int, name: str, result: Mapping[str, Any], seconds: float) -> Path:
+        """Turn a partial folder into a finished one and return it.
+
+        `result` holds the stage's `metrics`; seconds, host and the like go to run.json, which no digest covers.
+        """
+        out, short = partial / "out", partial.name.rsplit("-", 1)[1]
+        fsync_tree(out)
+        metrics = result["metrics"]
+        files = {
+            path.relative_to(out).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted(out.rglob("*"))
+            if path.is_file()
+        }
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        run = {"seconds": round(seconds, 3), "finished": now, "host": platform.node(), "resumed": result["resumed"]}
+        if isinstance(metrics.get("tokens"), int):
+            run["tokens"] = metrics["tokens"]
+        write_json(partial / "run.json", run)
+        write_json(partial / "manifest.json", {"files": files, "metrics": metrics})
+        return self.finish(partial, number, name, short)
+
+    def finish(self, partial: Path, number: int, name: str, short: str) -> Path:
+        """The last steps of `publish`, which a run that was killed between them takes up again."""
+        shutil.rmtree(partial / "work", ignore_errors=True)
+        (partial / LOCK).unlink(missing_ok=True)
+        fsync(partial)
+        final = self.root / f"{number:02d}-{name}-{short}"
+        partial.rename(final)
+        fsync(self.root)
+        return final
+
+    def set_aside(self, artefact: Artefact) -> Path:
+        """Move a finished folder away, so that it can be made again and compared."""
+        aside = self.root / f".replaced-{artefact.name}-{artefact.fingerprint[:SHORT]}"
+        if aside.exists():
+            shutil.rmtree(aside)
+        artefact.path.rename(aside)
+        return aside
+
+
+def read_key(folder: Path) -> dict[str, Any]:
+    """key.json of a finished or partial folder: name, fingerprint, key; empty where it cannot be read."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "key.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json of a finished folder; IntegrityError where it cannot be read."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{folder}/manifest.json cannot be read", why=str(error), fix=_again(folder)) from error
+    return found
+
+
+def check(folder: Path, *, digests: bool) -> None:
+    """Compare a finished folder with its manifest: existence and size, and with `digests` every file's sha256.
+
+    Raises IntegrityError naming the first file that differs.
+    """
+    for name, entry in read_manifest(folder)["files"].items():
+        path = folder / "out" / name
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing", why="the manifest lists it", fix=_again(folder))
+        if path.stat().st_size != entry["bytes"]:
+            why = f"it has {path.stat().st_size} bytes, and had {entry['bytes']} when it was made"
+            raise IntegrityError(f"{path} was changed", why=why, fix=_again(folder))
+        if digests and sha256_file(path) != entry["sha256"]:
+            why = f"its sha256 is not {entry['sha256']}, which it was when it was made"
+            raise IntegrityError(f"{path} was changed", why=why, fix=_again(folder))
+
+
+def _again(folder: Path) -> str:
+    return f"delete {folder} and give the same command: it is made again, and all that was right is kept"
