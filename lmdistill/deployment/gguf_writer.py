@@ -1,0 +1,138 @@
+"""Writes a model folder as an F32 or F16 GGUF file, tensor by tensor, never holding the whole model.
+
+Norms, biases and convolution taps stay 32-bit in every file, as llama.cpp wants them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from lmdistill.deployment.architectures import Architecture, architecture_of
+from lmdistill.deployment.vocabulary import read_vocabulary
+from lmdistill.errors import IntegrityError, LmdistillError
+
+Precision = Literal["f32", "f16"]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    return config
+
+
+class Checkpoint:
+    """The tensors of a model folder's safetensors files, read one at a time."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        """Open every safetensors file below `folder`; `stack` closes them."""
+        from safetensors import safe_open
+
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            opened = stack.enter_context(safe_open(path, framework="pt"))
+            self._files.update(dict.fromkeys(opened.keys(), opened))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by name."""
+        return {name: tuple(opened.get_slice(name).get_shape()) for name, opened in self._files.items()}
+
+    def tensor(self, name: str) -> Any:
+        """One tensor in float32."""
+        return self._files[name].get_tensor(name).float()
+
+
+@contextmanager
+def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
+    """A model folder's tensors, for as long as the `with` lasts."""
+    with ExitStack() as stack:
+        yield Checkpoint(folder, stack)
+
+
+def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> None:
+    """Raise IntegrityError where the checkpoint lacks a tensor, has one too many, or one of another shape."""
+    expected, found = architecture.tensors(), checkpoint.shapes
+    if architecture.tied:
+        found.pop("lm_head.weight", None)  # some checkpoints keep a copy of the embeddings
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not known" for name in found if name not in expected]
+    problems += [f"{n} is {found[n]}, config.json says {s}" for n, s in expected.items() if found.get(n, s) != s]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise IntegrityError(
+            f"the weights in {checkpoint.folder} do not fit its config.json", why="; ".join(problems[:5]) + more
+        )
+
+
+def write_gguf(folder: Path, target: Path, precision: Precision, *, name: str, parent: str) -> None:
+    """Write the model in `folder` to `target`; `name` and `parent` (the checkpoint's digest) go into its metadata.
+
+    Raises PreflightError for an architecture or tokenizer that cannot be written, IntegrityError for weights that
+    do not fit the config or the precision.
+    """
+    import gguf
+
+    architecture = architecture_of(read_config(folder))
+    vocabulary = read_vocabulary(folder, architecture.vocab_size)
+    writer = gguf.GGUFWriter(path=None, arch=architecture.gguf_name)
+    file_type = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16}[precision]
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_string("lmdistill.parent", parent)
+    architecture.add_metadata(writer)
+    vocabulary.add_to(writer)
+    with open_checkpoint(folder) as checkpoint:
+        check_tensors(architecture, checkpoint)
+        _declare(writer, architecture, precision)
+        try:
+            writer.write_header_to_file(path=target)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for array in _arrays(architecture, checkpoint, precision):
+                writer.write_tensor_data(array)
+        finally:
+            writer.close()
+
+
+def _declare(writer: Any, architecture: Architecture, precision: Precision) -> None:
+    """Tell the writer every tensor's name, shape and size before the first one is written."""
+    import numpy as np
+    import torch
+
+    names = architecture.gguf_names()
+    for source, shape in architecture.tensors().items():
+        if source not in names:
+            raise LmdistillError(f"the gguf package has no name for {source} in {architecture.gguf_name}")
+        written = tuple(architecture.convert(source, torch.empty(shape, device="meta")).shape)
+        dtype = np.dtype(np.float32 if precision == "f32" or architecture.keeps_f32(written) else np.float16)
+        writer.add_tensor_info(names[source], written, dtype, int(np.prod(written)) * dtype.itemsize)
+    for name, tensor in architecture.extra_tensors().items():
+        writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), tensor.numel() * 4)
+
+
+def _arrays(architecture: Architecture, checkpoint: Checkpoint, precision: Precision) -> Iterator[Any]:
+    """Each tensor as it is written, in the order it was declared."""
+    import numpy as np
+
+    for source in architecture.tensors():
+        array = architecture.convert(source, checkpoint.tensor(source)).contiguous().numpy()
+        if not np.isfinite(array).all():
+            raise IntegrityError(f"{source} in {checkpoint.folder} holds numbers that are not finite")
+        if precision == "f16" and not architecture.keeps_f32(array.shape):
+            if np.abs(array).max(initial=0.0) > np.finfo(np.float16).max:
+                raise IntegrityError(
+                    f"{source} in {checkpoint.folder} does not fit f16",
+                    why=f"its largest weight is {np.abs(array).max():.3g}",
+                    fix="leave f16 out of the export's formats; f32, bf16 and quantised files are made from f32",
+                )
+            array = array.astype(np.float16)
+        yield array
+    for tensor in architecture.extra_tensors().values():
+        yield tensor.numpy()
