@@ -1,0 +1,101 @@
+"""The rows of the ladder: the teacher, every student and model, every file made of them, and who is whose parent."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lmdistill.errors import IntegrityError, StageError
+from lmdistill.pipeline.stage import Artefact, ModelRef
+
+Role = Literal["teacher", "baseline", "student", "file"]
+TEACHER = "teacher"
+CHECKPOINT_RUNTIME, FILE_RUNTIMES = "transformers", {".gguf": "llama.cpp"}
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One row of the ladder before it is measured."""
+
+    name: str
+    role: Role
+    runtime: str
+    format: str
+    path: Path  # a checkpoint folder or a file
+    parent: str | None  # the row it is compared with; None for the teacher
+    params: int
+    file_bytes: int
+
+
+def _tensors(file: Path) -> Iterable[dict[str, Any]]:
+    """Dtype and shape of every tensor in a safetensors file, read from its header alone."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
+    return [tensor for name, tensor in header.items() if name != "__metadata__"]
+
+
+def checkpoint(name: str, role: Role, folder: Path, parent: str | None) -> Subject:
+    """The row of a checkpoint folder; raises IntegrityError where it holds no safetensors."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise IntegrityError(f"no model.safetensors in {folder}", fix="run the stage that makes it again")
+    tensors = [tensor for file in files for tensor in _tensors(file)]
+    dtype = max({tensor["dtype"] for tensor in tensors}, key=[tensor["dtype"] for tensor in tensors].count)
+    return Subject(
+        name,
+        role,
+        CHECKPOINT_RUNTIME,
+        DTYPES.get(dtype, dtype.lower()),
+        folder,
+        parent,
+        params=sum(math.prod(tensor["shape"]) for tensor in tensors),
+        file_bytes=sum(file.stat().st_size for file in files),
+    )
+
+
+def _is_baseline(model: Artefact) -> bool:
+    """Whether a model was trained without the teacher (cross-entropy alone)."""
+    record = model.out / "training.json"
+    return record.exists() and json.loads(record.read_text()).get("loss") == "ce"
+
+
+def _files(deployment: Artefact, parents: dict[str, Subject]) -> list[Subject]:
+    record = json.loads((deployment.out / "deployment.json").read_text())
+    parent = parents.get(record["model"]["digest"])
+    if parent is None:
+        raise StageError(
+            f"the files of '{deployment.name}' come from '{record['model']['name']}', which is not evaluated",
+            fix=f"add '{record['model']['name']}' to evaluate's `from:`, or leave `from:` out",
+        )
+    subjects = []
+    for entry in record["files"]:
+        path = deployment.out / entry["file"]
+        if path.suffix in FILE_RUNTIMES:
+            row = f"{deployment.name}/{entry['format']}"
+            size = path.stat().st_size
+            subjects.append(
+                Subject(
+                    row, "file", FILE_RUNTIMES[path.suffix], entry["format"], path, parent.name, parent.params, size
+                )
+            )
+    return subjects
+
+
+def assemble(teacher: ModelRef, models: Sequence[Artefact], deployments: Sequence[Artefact]) -> list[Subject]:
+    """Every row, each parent directly followed by its files: teacher, then students and models in recipe order."""
+    top = checkpoint(TEACHER, "teacher", teacher.path, None)
+    parents = {teacher.digest: top}
+    for model in models:
+        role: Role = "baseline" if _is_baseline(model) else "student"
+        parents[model.fingerprint] = checkpoint(model.name, role, model.model().path, TEACHER)
+    files = [file for deployment in deployments for file in _files(deployment, parents)]
+    return [
+        row for parent in parents.values() for row in (parent, *(file for file in files if file.parent == parent.name))
+    ]

@@ -1,0 +1,161 @@
+"""evaluate: quality, parity and speed of the teacher and of everything made from it, side by side."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lmdistill.errors import LmdistillError, PreflightError, nearest
+from lmdistill.evaluation.gates import COMPARED, SPEED, Gate
+from lmdistill.evaluation.suites import load_suite
+from lmdistill.pipeline.stage import Estimate, Input, PreflightContext, Stage, StageConfig, StageContext
+
+TEACHER = "teacher"
+REFERENCES = 2  # on disk at once: the teacher's and one parent's
+
+
+class SpeedConfig(BaseModel):
+    """Sizes of the device benchmarks, as llama-bench's `-p`, `-n` and `-r`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prefill: Annotated[int, Field(ge=1)] = Field(default=512, description="tokens of the prompt that is read at once")
+    decode: Annotated[int, Field(ge=1)] = Field(default=128, description="tokens that are read one at a time")
+    repeats: Annotated[int, Field(ge=1)] = Field(default=5, description="interleaved rounds, after one warm-up")
+
+
+class EvaluateConfig(StageConfig):
+    """Keys of `evaluate`; those a suite sets are its defaults."""
+
+    suite: str = Field(default="default", description="a file in eval/suites by name, or the path of a .yaml file")
+    split: str = Field(default="valid", description="the corpus split to score on")
+    tokens: Annotated[int, Field(ge=1)] = Field(default=8192, description="at most this many tokens are scored")
+    metrics: tuple[Literal["kl", "speed"], ...] = Field(
+        default=("kl", "speed"), description="beside NLL and bits a byte: divergence from teacher and parent, speed"
+    )
+    speed: SpeedConfig = Field(default_factory=SpeedConfig, description="sizes of the device benchmarks")
+    checkpoint_speed: bool = Field(default=False, description="time checkpoints in transformers too (slow)")
+    gates: tuple[Gate, ...] = Field(default=(), description="promises about the ladder that fail the run if broken")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_suite(cls, given: Any) -> Any:
+        """Lay the given keys over the suite's, so that the suite's contents are part of the fingerprint."""
+        if not isinstance(given, dict) or not isinstance(given.get("suite", "default"), str):
+            return given
+        merged = {**load_suite(given.get("suite", "default")), **given}
+        suite_speed, own_speed = load_suite(given.get("suite", "default")).get("speed"), given.get("speed")
+        if isinstance(suite_speed, dict) and isinstance(own_speed, dict):
+            merged["speed"] = {**suite_speed, **own_speed}
+        return merged
+
+
+class EvaluateStage(Stage[EvaluateConfig]):
+    """Scores and times every artefact of the recipe; `gates` decide whether the run is good enough."""
+
+    name = "evaluate"
+    version = 1
+    Config = EvaluateConfig
+    inputs = (
+        Input("corpus", ("corpus",)),
+        Input("models", ("student", "model"), many=True, optional=True),
+        Input("deployments", ("deployment",), many=True, optional=True),
+        Input("signals", ("signals",), optional=True),
+    )
+    output = "report"
+    tools = ("torch", "transformers", "llama-cpp-python")
+
+    def uses_teacher(self, config: EvaluateConfig) -> bool:
+        """The teacher is the ladder's first row."""
+        return True
+
+    def preflight(self, ctx: PreflightContext[EvaluateConfig]) -> list[LmdistillError]:
+        """Runtimes, gates' names and disk space."""
+        return [*_missing_runtimes(ctx), *_wrong_gates(ctx), *_little_disk(ctx)]
+
+    def estimate(self, ctx: PreflightContext[EvaluateConfig]) -> Estimate:
+        """Scoring at the pace of a small model on two cores, and the scratch references."""
+        files = sum(len(_formats(planned.config)) or 1 for planned in ctx.inputs.get("deployments", ()))
+        rows, speed = 1 + len(ctx.inputs.get("models", ())) + files, ctx.config.speed
+        seconds = rows * ctx.config.tokens / 400
+        if "speed" in ctx.config.metrics:
+            seconds += files * (speed.repeats + 1) * (speed.prefill / 600 + speed.decode / 80)
+        return Estimate(seconds, _reference_bytes(ctx), note=f"{rows} rows of the ladder; time for a 0.1 B model")
+
+    def run(self, ctx: StageContext[EvaluateConfig]) -> dict[str, Any]:
+        """Score, then time, then write evaluation.json; the metrics are the deterministic half."""
+        from lmdistill.evaluation.run import evaluate
+
+        return evaluate(ctx)
+
+    def verify(self, ctx: StageContext[EvaluateConfig], metrics: dict[str, Any]) -> None:
+        """Every gate of the recipe."""
+        from lmdistill.evaluation.gates import GateResult, demand
+        from lmdistill.evaluation.record import FILE
+
+        record = json.loads((ctx.out / FILE).read_text())
+        demand([GateResult(**result) for result in record["gates"]])
+
+
+def _missing_runtimes(ctx: PreflightContext[EvaluateConfig]) -> Iterable[LmdistillError]:
+    from lmdistill.evaluation.runtimes import runtime_class
+
+    for runtime in ("transformers", "llama.cpp") if ctx.inputs.get("deployments") else ("transformers",):
+        fix = runtime_class(runtime).missing()
+        if fix:
+            yield PreflightError(f"stage '{ctx.name}' needs {runtime}, which is not installed", fix=fix)
+
+
+def _formats(config: Any) -> list[str]:
+    """The formats that a planned export will write, where its config says so."""
+    return [str(name) for name in getattr(config, "formats", ())]
+
+
+def _wrong_gates(ctx: PreflightContext[EvaluateConfig]) -> Iterable[LmdistillError]:
+    """Gates on rows that the ladder will not have, or on figures that are not measured."""
+    exports = ctx.inputs.get("deployments", ())
+    rows = {TEACHER, *(planned.name for planned in ctx.inputs.get("models", ()))}
+    rows |= {f"{planned.name}/{name}" for planned in exports for name in _formats(planned.config)}
+    for gate in ctx.config.gates:
+        for row in gate.rows:
+            if row not in rows:
+                yield PreflightError(
+                    f"stage '{ctx.name}': a gate reads '{row}', which the ladder will not have{nearest(row, rows)}",
+                    why=f"its rows are {', '.join(sorted(rows))}",
+                    fix="correct the gate",
+                )
+        for group, figures in (("kl", COMPARED), ("speed", SPEED)):
+            for metric in gate.metrics:
+                if metric in figures and group not in ctx.config.metrics:
+                    yield PreflightError(
+                        f"stage '{ctx.name}': a gate reads '{metric}', which is not measured",
+                        fix=f"add `{group}` to `metrics`",
+                    )
+
+
+def _reference_bytes(ctx: PreflightContext[EvaluateConfig]) -> int | None:
+    """Scratch space for full-vocabulary references; None while the teacher is not on this machine."""
+    if "kl" not in ctx.config.metrics:
+        return 0
+    if ctx.teacher is None or not (ctx.teacher.path / "config.json").exists():
+        return None
+    from lmdistill.evaluation.references import reference_bytes
+
+    vocab_size = int(json.loads((ctx.teacher.path / "config.json").read_text())["vocab_size"])
+    return REFERENCES * reference_bytes(ctx.config.tokens, vocab_size)
+
+
+def _little_disk(ctx: PreflightContext[EvaluateConfig]) -> Iterable[LmdistillError]:
+    wanted = _reference_bytes(ctx) or 0
+    folder = next(path for path in (ctx.run_dir, *ctx.run_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        yield PreflightError(
+            f"stage '{ctx.name}' needs {wanted / 2**30:.1f} GiB of disk for a while, {free / 2**30:.1f} are free",
+            why="the teacher's and a parent's log-probabilities over the whole vocabulary are kept while scoring",
+            fix="free some space, or lower `tokens`",
+        )
