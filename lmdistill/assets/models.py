@@ -1,0 +1,86 @@
+"""Assets as model folders in Hugging Face layout; a GGUF is converted once and kept in the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lmdistill.asset_spec import AssetSpec
+from lmdistill.assets import hub
+from lmdistill.assets.cache import cache_dir, locked, sha256_of
+from lmdistill.assets.fetching import available, fetch, identity
+from lmdistill.errors import AssetError
+from lmdistill.pipeline.stage import ModelRef, Progress
+
+CONVERTER_VERSION = 1  # bump when a GGUF would turn into another folder
+
+
+def model_available(spec: AssetSpec) -> ModelRef | None:
+    """The model where it is on this machine and ready to load, else None; never downloads or converts."""
+    path = available(spec)
+    if path is None:
+        return None
+    if path.is_file():
+        folder = _converted(path)
+        return _reference(spec, folder) if folder.exists() else None
+    return _reference(spec, _usable(path, spec))
+
+
+def model_folder(spec: AssetSpec, progress: Progress) -> ModelRef:
+    """Bring the model to this machine as a folder with safetensors, config, tokenizer and chat template.
+
+    A GGUF becomes f32 safetensors with a tokenizer proven against llama.cpp's for the same file.
+    Raises AssetError where the asset is no model, IntegrityError where the tokenizers differ.
+    """
+    path = fetch(spec, progress)
+    if not path.is_file():
+        return _reference(spec, _usable(path, spec))
+    if path.suffix != ".gguf":
+        raise AssetError(
+            f"{spec.source} is not a model", why="a model is a folder in Hugging Face layout or a GGUF file"
+        )
+    folder = _converted(path)
+    with locked(str(folder), progress):
+        if not folder.exists():
+            from lmdistill.teachers.gguf_import import import_gguf
+
+            import_gguf(path, folder, progress)
+    return _reference(spec, folder)
+
+
+def tokenizer_folder(spec: AssetSpec, progress: Progress) -> Path:
+    """Bring the asset's tokenizer and chat template to this machine; of a hub model, only those files."""
+    location = spec.location
+    if location.scheme == "hf" and not location.member:
+        found = hub.snapshot(location, tokenizer_only=True)
+        if found is None:
+            with locked(f"tokenizer of {spec.source}", progress):
+                found = hub.fetch_snapshot(location, progress, tokenizer_only=True)
+    else:
+        path = fetch(spec, progress)
+        found = path if path.is_dir() else model_folder(spec, progress).path
+    if not (found / "tokenizer.json").exists():
+        raise AssetError(f"{spec.source} has no tokenizer.json", why="only fast tokenizers are read")
+    return found
+
+
+def _converted(gguf: Path) -> Path:
+    return cache_dir() / "models" / f"{sha256_of(gguf)}-v{CONVERTER_VERSION}"
+
+
+def _reference(spec: AssetSpec, folder: Path) -> ModelRef:
+    name = spec.location.name.rstrip("/").rsplit("/", 1)[-1]
+    return ModelRef(name=name, path=folder, digest=identity(spec), source=spec.source)
+
+
+def _usable(folder: Path, spec: AssetSpec) -> Path:
+    """`folder`, if it can be read as a model without running code or unpickling anything."""
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).exists()]
+    if missing:
+        raise AssetError(f"{spec.source} is not a usable model folder", why=f"it has no {' and no '.join(missing)}")
+    if not any(folder.glob("*.safetensors")):
+        raise AssetError(
+            f"{spec.source} has no safetensors weights",
+            why="pickled weights (.bin, .pt) are never loaded",
+            fix="convert them: load with transformers where you trust them, then save_pretrained",
+        )
+    return folder

@@ -1,0 +1,199 @@
+"""Proof that a model folder's tokenizer gives the ids that llama.cpp's gives for a GGUF, and that token maps agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lmdistill.errors import AssetError, IntegrityError
+
+Conversation = Sequence[dict[str, Any]]
+SHOWN = 5  # differing texts named in a message
+GGUF_EXTRA = "pip install 'lmdistill[gguf]'"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One text with other ids: `position` is the first that differs; an id is None where one side has ended."""
+
+    text: str
+    position: int
+    hf_id: int | None
+    gguf_id: int | None
+    parsed_special: bool  # whether special tokens in the text were read as such
+
+    def __str__(self) -> str:
+        """The text, cut to 60 characters, and the first differing ids."""
+        shown = self.text if len(self.text) <= 60 else self.text[:60] + "…"
+        return f"{shown!r} at token {self.position}: {self.hf_id} where llama.cpp has {self.gguf_id}"
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """What a comparison found."""
+
+    checked: int  # texts and conversations compared
+    differences: tuple[Difference, ...] = field(default=())
+    settings: tuple[str, ...] = field(default=())  # special-token settings that differ, in words
+
+    @property
+    def equal(self) -> bool:
+        """Whether every text got the same ids and the settings agree."""
+        return not self.differences and not self.settings
+
+    def require(self, what: str) -> None:
+        """Raise IntegrityError naming the first differing texts, unless all is equal."""
+        if self.equal:
+            return
+        named = [str(difference) for difference in self.differences[:SHOWN]] + list(self.settings)
+        raise IntegrityError(
+            f"{what}: {len(self.differences)} of {self.checked} texts get other token ids than in llama.cpp",
+            why="; ".join(named),
+            fix="use a tokenizer that agrees: the model's own repository, or a GGUF made from this very folder",
+        )
+
+
+def require_llama_cpp(purpose: str) -> None:
+    """Raise AssetError with the extra to install where llama-cpp-python is missing."""
+    import importlib.util
+
+    missing = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise AssetError(f"{purpose} needs {' and '.join(missing)}", why="not installed", fix=GGUF_EXTRA)
+
+
+def compare(
+    hf_folder: Path, gguf_path: Path, texts: Iterable[str], conversations: Iterable[Conversation] = ()
+) -> ParityResult:
+    """Compare ids of transformers' tokenizer in `hf_folder` with llama.cpp's for `gguf_path`.
+
+    Each text is compared twice: with special tokens in it read as special, and read as plain text (as corpora are
+    tokenised); conversations are rendered by the folder's chat template. BOS and EOS settings are compared too.
+    """
+    from lmdistill.checkpoints import load_tokenizer
+
+    tokenizer, llama = load_tokenizer(hf_folder), GgufVocabulary(gguf_path)
+    texts = list(texts)
+    rendered = [tokenizer.apply_chat_template(list(turns), tokenize=False) for turns in conversations]
+    differences = [
+        found
+        for text, special in [(t, s) for t in texts for s in (False, True)] + [(r, True) for r in rendered]
+        if (found := _difference(tokenizer, llama, text, special)) is not None
+    ]
+    settings = tuple(_settings(tokenizer, llama))
+    llama.close()
+    return ParityResult(len(texts) + len(rendered), tuple(differences), settings)
+
+
+class GgufVocabulary:
+    """llama.cpp's vocabulary of a GGUF, with no weights loaded; AssetError where llama.cpp refuses the file."""
+
+    def __init__(self, gguf_path: Path) -> None:
+        require_llama_cpp("reading a GGUF's tokenizer")
+        import llama_cpp
+
+        self._api = llama_cpp
+        llama_cpp.llama_backend_init()
+        parameters = llama_cpp.llama_model_default_params()
+        parameters.vocab_only = True
+        self._model = llama_cpp.llama_model_load_from_file(str(gguf_path).encode(), parameters)
+        if not self._model:
+            raise AssetError(f"llama.cpp cannot read the tokenizer of {gguf_path}", fix="see the log for its reason")
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._api.llama_model_free(self._model)
+
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
+        """Ids of `text`; with BOS or EOS where `add_special`, with control tokens in it where `parse_special`."""
+        raw = text.encode()
+        room = len(raw) + 2  # a byte gives at most one token; BOS and EOS
+        ids = (self._api.llama_token * room)()
+        count = self._api.llama_tokenize(self._vocab, raw, len(raw), ids, room, add_special, parse_special)
+        if count < 0:
+            raise IntegrityError(f"llama.cpp gave {-count} tokens for {len(raw)} bytes")
+        return list(ids[:count])
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a text."""
+        return int(self._api.llama_vocab_eos(self._vocab))
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether BOS goes before a text."""
+        return bool(self._api.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def add_eos(self) -> bool:
+        """Whether EOS goes after a text."""
+        return bool(self._api.llama_vocab_get_add_eos(self._vocab))
+
+
+def _difference(tokenizer: Any, llama: GgufVocabulary, text: str, special: bool) -> Difference | None:
+    tokenizer.backend_tokenizer.encode_special_tokens = not special
+    hf_ids: list[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    gguf_ids: list[int] = llama.tokenize(text, parse_special=special)
+    if hf_ids == gguf_ids:
+        return None
+    both = min(len(hf_ids), len(gguf_ids))
+    first = next((i for i in range(both) if hf_ids[i] != gguf_ids[i]), both)
+    return Difference(text, first, _at(hf_ids, first), _at(gguf_ids, first), special)
+
+
+def _at(ids: list[int], index: int) -> int | None:
+    return ids[index] if index < len(ids) else None
+
+
+def _settings(tokenizer: Any, llama: GgufVocabulary) -> list[str]:
+    """Differences in what is put around a text and in which token ends one."""
+    found = []
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    hf_ids = tokenizer("x")["input_ids"]
+    gguf_ids = llama.tokenize("x", add_special=True)
+    if hf_ids != gguf_ids:
+        found.append(f"the text 'x' with BOS is {hf_ids}, in llama.cpp {gguf_ids}")
+    if tokenizer.eos_token_id != llama.eos_id:
+        found.append(f"EOS is {tokenizer.eos_token_id}, in llama.cpp {llama.eos_id}")
+    return found
+
+
+def token_map(folder: Path) -> dict[int, str]:
+    """id → token of the tokenizer.json in `folder`, added tokens included."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    pairs = enumerate(piece for piece, _ in vocabulary) if isinstance(vocabulary, list) else _inverted(vocabulary)
+    tokens = dict(pairs)
+    tokens.update((added["id"], added["content"]) for added in content.get("added_tokens", []))
+    return tokens
+
+
+def _inverted(vocabulary: dict[str, int]) -> Iterable[tuple[int, str]]:
+    return ((index, token) for token, index in vocabulary.items())
+
+
+def token_map_conflicts(folder_a: Path, folder_b: Path) -> list[tuple[int, str | None, str | None]]:
+    """(id, token in a, token in b) for every id that means another token; padding at either end is no conflict.
+
+    Ids above the shorter vocabulary are conflicts where the longer one has a real token there; padding entries of an
+    embedding matrix have no token in either tokenizer.
+    """
+    tokens_a, tokens_b = token_map(folder_a), token_map(folder_b)
+    ids = sorted(tokens_a.keys() | tokens_b.keys())
+    return [(i, tokens_a.get(i), tokens_b.get(i)) for i in ids if tokens_a.get(i) != tokens_b.get(i)]
+
+
+def require_same_tokens(folder_a: Path, folder_b: Path, what: str) -> None:
+    """Raise IntegrityError listing the ids that mean different tokens in the two folders."""
+    conflicts = token_map_conflicts(folder_a, folder_b)
+    if conflicts:
+        shown = ", ".join(f"{i}: {a!r} / {b!r}" for i, a, b in conflicts[:SHOWN])
+        raise IntegrityError(
+            f"{what} have different token maps: {len(conflicts)} ids conflict",
+            why=f"{shown}{', …' if len(conflicts) > SHOWN else ''}",
+            fix="use a student or corpus with the teacher's own tokenizer",
+        )
