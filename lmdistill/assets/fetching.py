@@ -11,21 +11,27 @@ from lmdistill.assets.cache import content_digest, locked
 from lmdistill.errors import AssetError
 from lmdistill.pipeline.stage import Progress
 
+CONVERTER_VERSION = 1  # bump when a GGUF would turn into another model folder
+
 
 def identity(spec: AssetSpec) -> str:
     """What the asset is, for fingerprints, with no download: its sha256, or its pinned name.
 
     `sha256:…` where the recipe gives a digest or the asset is a path (its content's digest); else
-    `hf:org/name@revision` or `pypi:package==version/file`. Raises AssetError where a path does not exist.
+    `hf:org/name@revision` or `pypi:package==version/file`. A GGUF's also says how it is turned into a model.
+    Raises AssetError where a path does not exist.
     """
-    if spec.sha256:
-        return f"sha256:{spec.sha256}"
     location = spec.location
-    if location.scheme == "hf":
-        return hub.identity_of(location)
-    if location.scheme == "pypi":
-        return f"pypi:{location.name}=={location.version}/{location.member}"
-    return f"sha256:{content_digest(_local(spec))}"
+    if spec.sha256:
+        name = f"sha256:{spec.sha256}"
+    elif location.scheme == "hf":
+        name = hub.identity_of(location)
+    elif location.scheme == "pypi":
+        name = f"pypi:{location.name}=={location.version}/{location.member}"
+    else:
+        name = f"sha256:{content_digest(_local(spec))}"
+    is_gguf = (location.member or location.name).endswith(".gguf")
+    return f"{name}+import-v{CONVERTER_VERSION}" if is_gguf else name
 
 
 def available(spec: AssetSpec) -> Path | None:

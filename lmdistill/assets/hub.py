@@ -16,18 +16,16 @@ from lmdistill.assets.cache import cache_dir, need_disk, write_text
 from lmdistill.errors import AssetError
 from lmdistill.pipeline.stage import Progress
 
-TOKENIZER_PATTERNS = ["tokenizer*.json", "special_tokens_map.json", "chat_template.jinja"]
 MODEL_PATTERNS = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json"]
+MODEL_PATTERNS += ["tokenizer*.json", "special_tokens_map.json", "chat_template.jinja"]
 DATA_PATTERNS = ["*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.json", "*.txt", "README.md"]
 
 
-def patterns_for(location: Location, tokenizer_only: bool) -> list[str]:
+def patterns_for(location: Location) -> list[str]:
     """Which files of a repository are wanted."""
     if location.member:
         return [location.member]
-    if location.dataset:
-        return DATA_PATTERNS
-    return TOKENIZER_PATTERNS if tokenizer_only else TOKENIZER_PATTERNS + MODEL_PATTERNS
+    return DATA_PATTERNS if location.dataset else MODEL_PATTERNS
 
 
 def identity_of(location: Location) -> str:
@@ -36,17 +34,17 @@ def identity_of(location: Location) -> str:
     return f"hf:{'datasets/' if location.dataset else ''}{location.name}@{location.version}{member}"
 
 
-def snapshot(location: Location, tokenizer_only: bool = False) -> Path | None:
+def snapshot(location: Location) -> Path | None:
     """What an earlier fetch brought: the folder, or the named file; None where it is not there."""
     try:
-        kept = json.loads(_receipt(location, tokenizer_only).read_text())
+        kept = json.loads(_receipt(location).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     folder = Path(kept["folder"])
     return _pick(folder, location) if all((folder / name).exists() for name in kept["files"]) else None
 
 
-def fetch_snapshot(location: Location, progress: Progress, tokenizer_only: bool = False) -> Path:
+def fetch_snapshot(location: Location, progress: Progress) -> Path:
     """Bring a repository's wanted files, or the named one, to this machine; the caller holds the asset's lock."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -54,7 +52,7 @@ def fetch_snapshot(location: Location, progress: Progress, tokenizer_only: bool 
     source = identity_of(location)
     wanted: dict[str, Any] = {"repo_id": location.name, "repo_type": "dataset" if location.dataset else "model"}
     wanted["cache_dir"] = _hub_cache()
-    patterns = patterns_for(location, tokenizer_only)
+    patterns = patterns_for(location)
     try:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             folder = Path(
@@ -73,7 +71,7 @@ def fetch_snapshot(location: Location, progress: Progress, tokenizer_only: bool 
     files = sorted(str(p.relative_to(folder).as_posix()) for pattern in patterns for p in folder.rglob(pattern))
     if not files:
         raise AssetError(f"{source} has none of the files that are needed", why=f"looked for {', '.join(patterns)}")
-    write_text(_receipt(location, tokenizer_only), json.dumps({"folder": str(folder), "files": files}))
+    write_text(_receipt(location), json.dumps({"folder": str(folder), "files": files}))
     return _pick(folder, location)
 
 
@@ -108,9 +106,9 @@ def _hub_cache() -> Path | None:
     return cache_dir() / "hub"
 
 
-def _receipt(location: Location, tokenizer_only: bool) -> Path:
+def _receipt(location: Location) -> Path:
     name = identity_of(location).removeprefix("hf:").replace("/", "--")
-    return cache_dir() / "receipts" / f"{name}{'.tokenizer' if tokenizer_only else ''}.json"
+    return cache_dir() / "receipts" / f"{name}.json"
 
 
 def _pick(folder: Path, location: Location) -> Path:

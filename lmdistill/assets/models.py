@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from lmdistill.asset_spec import AssetSpec
-from lmdistill.assets import hub
 from lmdistill.assets.cache import cache_dir, locked, sha256_of
-from lmdistill.assets.fetching import available, fetch, identity
+from lmdistill.assets.fetching import CONVERTER_VERSION, available, fetch, identity
 from lmdistill.errors import AssetError
 from lmdistill.pipeline.stage import ModelRef, Progress
-
-CONVERTER_VERSION = 1  # bump when a GGUF would turn into another folder
 
 
 def model_available(spec: AssetSpec) -> ModelRef | None:
@@ -48,16 +45,9 @@ def model_folder(spec: AssetSpec, progress: Progress) -> ModelRef:
 
 
 def tokenizer_folder(spec: AssetSpec, progress: Progress) -> Path:
-    """Bring the asset's tokenizer and chat template to this machine; of a hub model, only those files."""
-    location = spec.location
-    if location.scheme == "hf" and not location.member:
-        found = hub.snapshot(location, tokenizer_only=True)
-        if found is None:
-            with locked(f"tokenizer of {spec.source}", progress):
-                found = hub.fetch_snapshot(location, progress, tokenizer_only=True)
-    else:
-        path = fetch(spec, progress)
-        found = path if path.is_dir() else model_folder(spec, progress).path
+    """Bring the asset's tokenizer and chat template to this machine; a folder needs no model beside them."""
+    path = fetch(spec, progress)
+    found = path if path.is_dir() else model_folder(spec, progress).path
     if not (found / "tokenizer.json").exists():
         raise AssetError(f"{spec.source} has no tokenizer.json", why="only fast tokenizers are read")
     return found

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lmdistill.deployment.llama_cpp_runtime import LlamaCppRuntime, take_log
 from lmdistill.errors import AssetError, IntegrityError
 
 Conversation = Sequence[dict[str, Any]]
 SHOWN = 5  # differing texts named in a message
-GGUF_EXTRA = "pip install 'lmdistill[gguf]'"
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,6 @@ class ParityResult:
         )
 
 
-def require_llama_cpp(purpose: str) -> None:
-    """Raise AssetError with the extra to install where llama-cpp-python is missing."""
-    import importlib.util
-
-    missing = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise AssetError(f"{purpose} needs {' and '.join(missing)}", why="not installed", fix=GGUF_EXTRA)
-
-
 def compare(
     hf_folder: Path, gguf_path: Path, texts: Iterable[str], conversations: Iterable[Conversation] = ()
 ) -> ParityResult:
@@ -75,63 +67,40 @@ def compare(
     """
     from lmdistill.checkpoints import load_tokenizer
 
-    tokenizer, llama = load_tokenizer(hf_folder), GgufVocabulary(gguf_path)
+    tokenizer = load_tokenizer(hf_folder)
     texts = list(texts)
     rendered = [tokenizer.apply_chat_template(list(turns), tokenize=False) for turns in conversations]
-    differences = [
-        found
-        for text, special in [(t, s) for t in texts for s in (False, True)] + [(r, True) for r in rendered]
-        if (found := _difference(tokenizer, llama, text, special)) is not None
-    ]
-    settings = tuple(_settings(tokenizer, llama))
-    llama.close()
-    return ParityResult(len(texts) + len(rendered), tuple(differences), settings)
+    readings = [(text, special) for text in texts for special in (False, True)] + [(text, True) for text in rendered]
+    llama = GgufVocabulary(gguf_path)
+    with llama:
+        found = (_difference(tokenizer, llama, text, special) for text, special in readings)
+        differences = tuple(difference for difference in found if difference is not None)
+        settings = tuple(_settings(tokenizer, llama))
+    return ParityResult(len(texts) + len(rendered), differences, settings)
 
 
-class GgufVocabulary:
-    """llama.cpp's vocabulary of a GGUF, with no weights loaded; AssetError where llama.cpp refuses the file."""
+class GgufVocabulary(LlamaCppRuntime):
+    """llama.cpp's tokenizer of a GGUF, with no weights loaded; AssetError where llama.cpp refuses the file."""
 
-    def __init__(self, gguf_path: Path) -> None:
-        require_llama_cpp("reading a GGUF's tokenizer")
-        import llama_cpp
-
-        self._api = llama_cpp
-        llama_cpp.llama_backend_init()
-        parameters = llama_cpp.llama_model_default_params()
+    def _open(self, exact: bool) -> None:
+        parameters = self._lib.llama_model_default_params()
         parameters.vocab_only = True
-        self._model = llama_cpp.llama_model_load_from_file(str(gguf_path).encode(), parameters)
+        take_log()
+        self._model = self._lib.llama_model_load_from_file(os.fsencode(self.path), parameters)
         if not self._model:
-            raise AssetError(f"llama.cpp cannot read the tokenizer of {gguf_path}", fix="see the log for its reason")
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self._api.llama_model_free(self._model)
-
-    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
-        """Ids of `text`; with BOS or EOS where `add_special`, with control tokens in it where `parse_special`."""
-        raw = text.encode()
-        room = len(raw) + 2  # a byte gives at most one token; BOS and EOS
-        ids = (self._api.llama_token * room)()
-        count = self._api.llama_tokenize(self._vocab, raw, len(raw), ids, room, add_special, parse_special)
-        if count < 0:
-            raise IntegrityError(f"llama.cpp gave {-count} tokens for {len(raw)} bytes")
-        return list(ids[:count])
-
-    @property
-    def eos_id(self) -> int:
-        """The token that ends a text."""
-        return int(self._api.llama_vocab_eos(self._vocab))
+            why = "; ".join(line for line in take_log() if line)
+            raise AssetError(f"llama.cpp cannot read the tokenizer of {self.path}", why=why)
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
 
     @property
     def add_bos(self) -> bool:
         """Whether BOS goes before a text."""
-        return bool(self._api.llama_vocab_get_add_bos(self._vocab))
+        return bool(self._lib.llama_vocab_get_add_bos(self._vocab))
 
     @property
     def add_eos(self) -> bool:
         """Whether EOS goes after a text."""
-        return bool(self._api.llama_vocab_get_add_eos(self._vocab))
+        return bool(self._lib.llama_vocab_get_add_eos(self._vocab))
 
 
 def _difference(tokenizer: Any, llama: GgufVocabulary, text: str, special: bool) -> Difference | None:
@@ -157,8 +126,8 @@ def _settings(tokenizer: Any, llama: GgufVocabulary) -> list[str]:
     gguf_ids = llama.tokenize("x", add_special=True)
     if hf_ids != gguf_ids:
         found.append(f"the text 'x' with BOS is {hf_ids}, in llama.cpp {gguf_ids}")
-    if tokenizer.eos_token_id != llama.eos_id:
-        found.append(f"EOS is {tokenizer.eos_token_id}, in llama.cpp {llama.eos_id}")
+    if tokenizer.eos_token_id != llama.special_ids["eos"]:
+        found.append(f"EOS is {tokenizer.eos_token_id}, in llama.cpp {llama.special_ids['eos']}")
     return found
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from lmdistill.assets.cache import make_folder, need_disk, sha256_of
 from lmdistill.deployment import pretokenizers
+from lmdistill.deployment.llama_cpp_runtime import llama_library
 from lmdistill.deployment.probes import probe_conversations, probe_texts
-from lmdistill.deployment.tokenizer_parity import GgufVocabulary, compare, require_llama_cpp
+from lmdistill.deployment.tokenizer_parity import GgufVocabulary, compare
 from lmdistill.errors import AssetError, IntegrityError
 from lmdistill.pipeline.stage import Progress
 
@@ -47,10 +48,10 @@ class GgufTokenizer:
 def import_gguf(gguf_path: Path, folder: Path, progress: Progress) -> None:
     """Convert `gguf_path` into the model folder `folder`, all or nothing.
 
-    Raises AssetError where the file cannot be converted, IntegrityError where weights are missing or the tokenizer
-    gives other ids than llama.cpp's.
+    Raises AssetError where the file cannot be converted, PreflightError where llama.cpp is missing, IntegrityError
+    where weights are missing or the tokenizer gives other ids than llama.cpp's.
     """
-    require_llama_cpp("a GGUF teacher")
+    llama_library()  # the proof needs llama.cpp: say so before any work
     metadata, elements = read_metadata(gguf_path)
     tokenizer = read_tokenizer(gguf_path, metadata)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -74,8 +75,10 @@ def import_gguf(gguf_path: Path, folder: Path, progress: Progress) -> None:
 
 def read_metadata(gguf_path: Path) -> tuple[dict[str, Any], int]:
     """The GGUF's key-value metadata and its number of weights; raises AssetError for a file that is no GGUF."""
-    from gguf import GGUFReader
-
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise AssetError("a GGUF teacher needs gguf", why=str(error), fix="pip install 'lmdistill[gguf]'") from error
     try:
         reader = GGUFReader(gguf_path)
     except (ValueError, IndexError, KeyError) as error:
@@ -95,10 +98,8 @@ def read_tokenizer(gguf_path: Path, metadata: dict[str, Any]) -> GgufTokenizer:
         )
     get = metadata.get
     vocabulary = GgufVocabulary(gguf_path)
-    try:
+    with vocabulary:
         add_bos, add_eos = vocabulary.add_bos, vocabulary.add_eos
-    finally:
-        vocabulary.close()
     return GgufTokenizer(
         pre=get("tokenizer.ggml.pre", "default"),
         tokens=metadata["tokenizer.ggml.tokens"],
