@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lmdistill.errors import RecipeError
+from lmdistill.errors import RecipeError, nearest
 from lmdistill.recipe.nodes import Node, merge, read_yaml, stage_name
 from lmdistill.recipe.overrides import apply_overrides
-from lmdistill.recipe.problems import Problems, nearest
+from lmdistill.recipe.problems import Problems
 from lmdistill.recipe.schema import ENTRY_KEYS, NAME_PATTERN, TEACHER, Entry, Header, Recipe
 from lmdistill.recipe.shipped import resolve_recipe
 from lmdistill.recipe.wiring import Draft, wire

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lmdistill.errors import RecipeError
+from lmdistill.errors import RecipeError, nearest
 from lmdistill.recipe.nodes import Node, parse_value, stage_name
-from lmdistill.recipe.problems import Problems, nearest
+from lmdistill.recipe.problems import Problems
 
 
 def apply_overrides(root: Node, overrides: Sequence[str], problems: Problems) -> Node:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from lmdistill.errors import RecipeError
+from lmdistill.errors import RecipeError, nearest
 from lmdistill.recipe.nodes import Node
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing where no word is near."""
-    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 @dataclass

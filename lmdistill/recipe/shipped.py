@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lmdistill.errors import RecipeError
-from lmdistill.recipe.problems import nearest
+from lmdistill.errors import RecipeError, nearest
 
 PACKAGE = Path(__file__).parent.parent
 

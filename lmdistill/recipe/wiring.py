@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lmdistill.errors import nearest
 from lmdistill.pipeline.stage import Input, Stage, StageConfig
 from lmdistill.recipe.nodes import Node
-from lmdistill.recipe.problems import Problems, nearest
+from lmdistill.recipe.problems import Problems
 from lmdistill.recipe.schema import TEACHER
 
 

@@ -1,0 +1,72 @@
+"""What happens in a run, as a stream of events: kept in events.jsonl and shown on the terminal.
+
+Events: run_started, stage_cached, stage_started, progress, note, stage_finished, stage_failed, run_finished,
+run_interrupted. Each line has `time` (UTC, ISO 8601) and `event`; those about a stage have `stage`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Sink(Protocol):
+    """Something that wants to know what happens."""
+
+    def handle(self, event: str, fields: dict[str, Any]) -> None:
+        """Take one event."""
+
+    def close(self) -> None:
+        """No more events will come."""
+
+
+class EventFile:
+    """Appends every event to a file, one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file; earlier runs' events stay."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a", encoding="utf-8", buffering=1)
+
+    def handle(self, event: str, fields: dict[str, Any]) -> None:
+        """Write one line."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        self.file.write(json.dumps({"time": now, "event": event, **fields}, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class Events:
+    """Hands each event to every sink."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        """Take the sinks over; `close` closes them."""
+        self.sinks = list(sinks)
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Something happened."""
+        for sink in self.sinks:
+            sink.handle(event, fields)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self.sinks:
+            sink.close()
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a run folder; a line that a power cut left half-written is skipped if it is the last."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    events: list[dict[str, Any]] = []
+    for place, line in enumerate(lines):
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            if place < len(lines) - 1:
+                raise
+    return events

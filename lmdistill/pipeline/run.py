@@ -1,0 +1,197 @@
+"""Run a plan: preflight, fetch, then each stage in a process of its own; what was finished before is kept."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lmdistill.pipeline.environment import write_environment, write_lock
+from lmdistill.pipeline.events import EventFile, Events, Sink
+from lmdistill.pipeline.files import write_json
+from lmdistill.pipeline.jobs import Json, artefact_to_json, model_to_json
+from lmdistill.pipeline.lock import run_lock
+from lmdistill.pipeline.plan import Plan, Step, make_plan, raise_all
+from lmdistill.pipeline.preflight import run_preflights, runtime_job
+from lmdistill.pipeline.process import call
+from lmdistill.pipeline.stage import Artefact, ModelRef
+from lmdistill.pipeline.store import check, read_manifest
+from lmdistill.recipe.schema import TEACHER
+
+
+def run_pipeline(plan: Plan, sinks: Sequence[Sink] = ()) -> dict[str, Artefact]:
+    """Bring every selected stage's artefact about; returns them by name.
+
+    Raises LockedError where another pipeline works in the run folder, PreflightError before anything has started,
+    IntegrityError where an input is not what was written, StageError or the stage's own error where one fails.
+    """
+    with run_lock(plan.store.root):
+        # planned again under the lock: another pipeline may have finished since
+        plan = make_plan(plan.recipe, plan.store.root, plan.selection)
+        events = Events([EventFile(plan.store.root / "events.jsonl"), *sinks])
+        try:
+            return Runner(plan, events).run()
+        except KeyboardInterrupt:
+            events.emit("run_interrupted")
+            raise
+        finally:
+            events.close()
+
+
+class Runner:
+    """One run of one plan."""
+
+    def __init__(self, plan: Plan, events: Events) -> None:
+        """Nothing happens yet."""
+        self.plan, self.events, self.root = plan, events, plan.store.root
+        self.artefacts: dict[str, Artefact] = {}
+        self.trusted: set[Path] = set()  # folders whose every byte was checked or written by this run
+        self.teacher: ModelRef | None = None
+
+    def run(self) -> dict[str, Artefact]:
+        """Prepare, then go through the stages in order."""
+        started = time.monotonic()
+        names = [step.name for step in self.plan.running()]
+        self.events.emit("run_started", recipe=self.plan.recipe.name, stages=names)
+        for step in self.plan.steps:
+            if step.state == "cached" and step.planned.artefact:
+                check(step.planned.artefact.path, digests=False)
+        write_lock(self.plan)
+        if names:
+            write_environment(self.plan)
+            self._prepare()
+        for step in self.plan.steps:
+            self._step(step)
+        self.events.emit("run_finished", seconds=round(time.monotonic() - started, 3), ran=names)
+        return self.artefacts
+
+    def _prepare(self) -> None:
+        """All preflights, then the assets, then all preflights once more if anything was fetched."""
+        from lmdistill import assets
+
+        plan, log = self.plan, self.root / "logs" / "preflight.log"
+        teacher = plan.recipe.teacher
+        self.teacher = assets.model_available(teacher) if teacher else None
+        raise_all(run_preflights(plan, self.teacher, log).problems)
+        absent = [spec for spec in plan.data_assets() if assets.available(spec) is None]
+        fetch_teacher = teacher if plan.needs_teacher() and self.teacher is None else None
+        if absent or fetch_teacher:
+            job = {
+                "task": "fetch",
+                "assets": [spec.model_dump() for spec in absent],
+                "teacher": fetch_teacher.model_dump() if fetch_teacher else None,
+                "runtime": runtime_job(plan),
+            }
+            steps = plan.running()
+            python = next(
+                (step.python for step in steps if step.name not in plan.recipe.runtime.python), steps[0].python
+            )
+            call(job, "fetching the assets", python, self.root / "logs" / "assets.log", self._pass_on("assets"))
+            self.teacher = assets.model_available(teacher) if teacher else None
+            raise_all(run_preflights(plan, self.teacher, log).problems)
+        if self.teacher is not None:
+            self._place_teacher(self.teacher)
+
+    def _place_teacher(self, teacher: ModelRef) -> None:
+        """A folder like an artefact's, whose out/model is the teacher, for stages that name it in `from:`."""
+        assert self.plan.teacher is not None
+        folder = self.root / ".teacher"
+        (folder / "out").mkdir(parents=True, exist_ok=True)
+        link = folder / "out" / "model"
+        link.unlink(missing_ok=True)
+        link.symlink_to(teacher.path.absolute(), target_is_directory=True)
+        digest = self.plan.teacher.fingerprint
+        write_json(folder / "key.json", {"name": TEACHER, "fingerprint": digest, "key": {"stage": TEACHER}})
+        write_json(folder / "manifest.json", {"files": {}, "metrics": {}})
+        self.artefacts[TEACHER] = Artefact(TEACHER, TEACHER, "model", digest, folder)
+
+    def _step(self, step: Step) -> None:
+        place = {"stage": step.name, "number": step.number, "of": len(self.plan.steps)}
+        if step.state == "left out":
+            return
+        if step.name in self.plan.selection.force and step.planned.artefact:
+            self._make_again(step, step.planned.artefact, place)
+            return
+        stage = step.entry.stage
+        there = self.plan.store.find(step.name, stage.name, stage.output, step.key)
+        if there is None:
+            there = self._make(step, place)
+        else:
+            self.events.emit("stage_cached", **place, fingerprint=step.planned.fingerprint, folder=there.path.name)
+        self.artefacts[step.name] = there
+        if there.kind == "report":
+            self._show_report(there)
+
+    def _make_again(self, step: Step, old: Artefact, place: Json) -> None:
+        """Make a finished artefact anew, and say if it is not the same: then the stage is not deterministic."""
+        before = read_manifest(old.path)
+        aside = self.plan.store.set_aside(old)
+        shutil.rmtree(self.plan.store.partial(step.name, step.key), ignore_errors=True)
+        new = self.artefacts[step.name] = self._make(step, place)
+        if read_manifest(new.path) != before:
+            text = (
+                f"'{step.name}' came out with other bytes than before, from the same key; what depends on it is stale"
+            )
+            self.events.emit("note", stage=step.name, text=text)
+        shutil.rmtree(aside)
+        if new.kind == "report":
+            self._show_report(new)
+
+    def _make(self, step: Step, place: Json) -> Artefact:
+        """Run one stage into its partial folder and publish that."""
+        store, stage, started = self.plan.store, step.entry.stage, time.monotonic()
+        folder = store.partial(step.name, step.key)
+        resumed = folder.exists()
+        self.events.emit("stage_started", **place, fingerprint=step.planned.fingerprint, resumed=resumed)
+        if (folder / "manifest.json").is_file():  # killed between the manifest and the rename
+            final = store.finish(folder, step.number, step.name, step.short)
+        else:
+            metrics = self._work(step)
+            result = {"metrics": metrics, "resumed": resumed}
+            final = store.publish(folder, step.number, step.name, result, time.monotonic() - started)
+        self.trusted.add(final)
+        seconds = round(time.monotonic() - started, 3)
+        self.events.emit("stage_finished", stage=step.name, seconds=seconds, folder=final.name)
+        return Artefact(step.name, stage.name, stage.output, step.planned.fingerprint, final)
+
+    def _work(self, step: Step) -> Any:
+        """The stage in its own process; its inputs are checked to the last byte before it starts."""
+        inputs = {role: [self.artefacts[name] for name in names] for role, names in step.entry.inputs.items()}
+        for artefact in (one for many in inputs.values() for one in many):
+            if artefact.path not in self.trusted:
+                check(artefact.path, digests=True)
+                self.trusted.add(artefact.path)
+        job = {
+            "task": "run",
+            "name": step.name,
+            "stage": step.entry.stage.name,
+            "config": step.entry.config.model_dump(mode="json", by_alias=True),
+            "inputs": {role: [artefact_to_json(one) for one in many] for role, many in inputs.items()},
+            "teacher": model_to_json(self.teacher),
+            "partial": str(self.plan.store.begin(step.name, step.key).absolute()),
+            "runtime": runtime_job(self.plan),
+        }
+        log = self.root / "logs" / f"{step.number:02d}-{step.name}.log"
+        try:
+            return call(job, f"stage '{step.name}'", step.python, log, self._pass_on(step.name))
+        except Exception as error:
+            what = getattr(error, "what", str(error))
+            self.events.emit("stage_failed", stage=step.name, error=what, log=str(log))
+            raise
+
+    def _pass_on(self, stage: str) -> Any:
+        def pass_on(message: Json) -> None:
+            fields = {key: value for key, value in message.items() if key != "type"}
+            self.events.emit(message["type"], stage=stage, **fields)
+
+        return pass_on
+
+    def _show_report(self, report: Artefact) -> None:
+        """Copy the report's files to the top of the run folder."""
+        for file in report.out.iterdir():
+            if file.is_file():
+                copy = self.root / f".{file.name}.tmp"
+                shutil.copyfile(file, copy)
+                copy.replace(self.root / file.name)

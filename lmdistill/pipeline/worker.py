@@ -1,0 +1,165 @@
+"""The process in which stages run: reads one job from stdin, sends messages as JSON lines, dies with its parent.
+
+Started by `lmdistill.pipeline.process`, never by hand. Whatever a stage prints goes to its log.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from lmdistill.asset_spec import AssetSpec
+from lmdistill.errors import LmdistillError, LockedError, StageError
+from lmdistill.pipeline import jobs
+from lmdistill.pipeline.stage import PreflightContext, StageContext
+from lmdistill.pipeline.store import LOCK
+from lmdistill.stages import load_stage
+
+EVERY = 0.05  # seconds between two progress messages of one unit of work
+
+
+class Channel:
+    """The way to the parent; also the `Progress` that stages are given."""
+
+    def __init__(self) -> None:
+        """Keep stdout for messages and send everything that is printed to stderr, the log."""
+        self.file = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+        os.dup2(2, 1)
+        self.last = 0.0
+
+    def send(self, kind: str, **fields: Any) -> None:
+        """One message."""
+        self.file.write(json.dumps({"type": kind, **fields}, default=_plain) + "\n")
+
+    def update(self, done: float, total: float, unit: str = "", **figures: float | str) -> None:
+        """Progress, at most every 50 ms but for its end."""
+        now = time.monotonic()
+        if now - self.last < EVERY and done < total:
+            return
+        self.last = now
+        shown = {key: _finite(value) for key, value in figures.items()}
+        self.send("progress", done=_finite(done), total=_finite(total), unit=unit, figures=shown)
+
+    def note(self, text: str) -> None:
+        """One line worth keeping."""
+        self.send("note", text=text)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch, and paths, as JSON has them."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _finite(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run(job: jobs.Json, channel: Channel) -> Any:
+    """Run one stage and check its postconditions; returns its metrics."""
+    from filelock import FileLock, Timeout
+
+    partial = Path(job["partial"])
+    stage = load_stage(job["stage"])
+    ctx = StageContext(
+        name=job["name"],
+        config=stage.Config.model_validate(job["config"]),
+        inputs={role: [jobs.artefact_from_json(one) for one in many] for role, many in job["inputs"].items()},
+        teacher=jobs.model_from_json(job["teacher"]),
+        out=partial / "out",
+        work=partial / "work",
+        progress=channel,
+        runtime=jobs.runtime_from_json(job["runtime"]),
+    )
+    try:
+        with FileLock(partial / LOCK, timeout=10):
+            metrics = stage.run(ctx)
+            stage.verify(ctx, metrics)
+    except Timeout as error:
+        what = f"another process is still working in {partial}"
+        raise LockedError(what, fix="wait until it has ended, or stop it") from error
+    return json.loads(json.dumps(metrics, default=_plain, allow_nan=False, sort_keys=True))
+
+
+def preflight(job: jobs.Json, _channel: Channel) -> Any:
+    """Check and estimate the named stages; returns per stage its errors and its estimate."""
+    planned = jobs.planned_from_json(job["planned"])
+    found = {}
+    for name in job["stages"]:
+        one = planned[name]
+        stage = load_stage(one.stage)
+        ctx: PreflightContext[Any] = PreflightContext(
+            name=name,
+            config=one.config,
+            inputs=one.inputs,
+            teacher=jobs.model_from_json(job["teacher"]),
+            run_dir=Path(job["run_dir"]),
+            runtime=jobs.runtime_from_json(job["runtime"]),
+        )
+        try:
+            problems = list(stage.preflight(ctx))
+            estimate = dataclasses.asdict(stage.estimate(ctx))
+        except LmdistillError as error:
+            problems, estimate = [error], {}
+        except Exception as error:  # a stage may raise anything: this says whose preflight it was
+            raise StageError(f"the preflight of stage '{name}' failed: {type(error).__name__}: {error}") from error
+        found[name] = {"errors": [jobs.error_to_json(error) for error in problems], "estimate": estimate}
+    return found
+
+
+def fetch(job: jobs.Json, channel: Channel) -> Any:
+    """Bring the teacher and the data to this machine."""
+    from lmdistill import assets
+
+    for spec in job["assets"]:
+        channel.note(f"fetching {spec['source']}")
+        assets.fetch(AssetSpec.model_validate(spec), channel)
+    if job["teacher"]:
+        channel.note(f"fetching the teacher {job['teacher']['source']}")
+        assets.model_folder(AssetSpec.model_validate(job["teacher"]), channel)
+    return None
+
+
+TASKS = {"run": run, "preflight": preflight, "fetch": fetch}
+
+
+def die_with_parent(parent: int) -> None:
+    """On Linux the kernel kills this process when its parent dies, so that no orphan writes on."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.name == "posix" and os.getppid() != parent:
+        os._exit(1)
+
+
+def main() -> int:
+    """Do one job; 0 when its result was sent."""
+    channel = Channel()
+    job = json.load(sys.stdin)
+    die_with_parent(job["parent"])
+    try:
+        result = TASKS[job["task"]](job, channel)
+    except LmdistillError as error:
+        traceback.print_exc()
+        channel.send("error", error=jobs.error_to_json(error))
+        return 3
+    except BaseException as error:  # a stage may raise anything: it is reported, and the log has the traceback
+        traceback.print_exc()
+        channel.send("crash", error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        return 4
+    channel.send("result", result=result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
