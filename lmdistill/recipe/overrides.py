@@ -24,7 +24,7 @@ def apply_overrides(root: Node, overrides: Sequence[str], problems: Problems) ->
             try:
                 root = _put(root, steps, 0, parse_value(text, origin), problems)
             except RecipeError as error:
-                problems.lines.append(error.what)
+                problems.found.append((origin, error.what))
     return root
 
 

@@ -17,11 +17,11 @@ from lmdistill.recipe.nodes import Node
 class Problems:
     """Collects problems; `raise_all` turns them into one RecipeError."""
 
-    lines: list[str] = field(default_factory=list)
+    found: list[tuple[str, str]] = field(default_factory=list)  # (origin, text)
 
     def add(self, origin: str, path: str, text: str) -> None:
         """One problem: where it is written, at which key, and what is wrong and allowed."""
-        self.lines.append(f"{origin}: {path}: {text}" if path else f"{origin}: {text}")
+        self.found.append((origin, f"{origin}: {path}: {text}" if path else f"{origin}: {text}"))
 
     def add_validation(self, error: ValidationError, model: type[BaseModel], node: Node, prefix: str = "") -> None:
         """Every finding of pydantic, with the line it is about; a union's findings become one."""
@@ -40,11 +40,17 @@ class Problems:
 
     def raise_all(self, file: str) -> None:
         """Raise one RecipeError with all that was found, if anything was."""
-        if not self.lines:
-            return
-        if len(self.lines) == 1:
-            raise RecipeError(self.lines[0])
-        raise RecipeError("\n".join([f"{len(self.lines)} problems in {file}:", *(f"  {line}" for line in self.lines)]))
+        lines = [text for origin, text in sorted(self.found, key=lambda found: _by_line(found[0]))]
+        if len(lines) == 1:
+            raise RecipeError(lines[0])
+        if lines:
+            raise RecipeError("\n".join([f"{len(lines)} problems in {file}:", *(f"  {line}" for line in lines)]))
+
+
+def _by_line(origin: str) -> tuple[str, int]:
+    """`file:line` as something to sort by."""
+    file, _, line = origin.rpartition(":")
+    return (file, int(line)) if line.isdigit() else (origin, 0)
 
 
 def _explain(detail: Any, model: type[BaseModel], location: Sequence[str | int]) -> str:
