@@ -79,12 +79,18 @@ class Layout:
     row_tokens: int
     k: int
     vocab_size: int
+    variant: str = VARIANT
     companding: Companding = field(default_factory=Companding)
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
         """A stored row."""
         return row_dtype(self.row_tokens, self.k, self.vocab_size)
+
+    @property
+    def wide(self) -> bool:
+        """Whether ids need the u8 high plane."""
+        return self.vocab_size > NARROW_VOCABULARY
 
     @property
     def block_rows(self) -> int:
@@ -128,7 +134,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of signals.json; its `digest` covers all the rest."""
-        body = {"format": FORMAT_VERSION, "variant": VARIANT, **asdict(self)}
+        body = {"format": FORMAT_VERSION, **asdict(self)}
         return canonical_json({**body, "digest": sha256_of(canonical_json(body).encode())})
 
     @property
@@ -142,8 +148,8 @@ class Manifest:
         """Parse signals.json; raises IntegrityError for another version or variant, or a changed byte."""
         try:
             fields = json.loads(text)
-            version, variant = fields.pop("format"), fields.pop("variant")
-        except (ValueError, KeyError, AttributeError) as error:
+            version, variant = fields.pop("format"), fields["layout"]["variant"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(f"it does not parse: {error!r}") from error
         if (version, variant) != (FORMAT_VERSION, VARIANT):
             raise IntegrityError(

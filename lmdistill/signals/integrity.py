@@ -5,11 +5,11 @@ A shard's record (`<shard>.json`) has a crc32 for each block of rows, so damage 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from pathlib import Path
 
+from lmdistill.pipeline.files import sha256_file
 from lmdistill.signals.format import Layout, ShardEntry, sha256_of
 
 
@@ -27,7 +27,7 @@ def shard_problems(folder: Path, shard: ShardEntry, layout: Layout) -> list[str]
         return [*problems, f"{shard.file}: missing"]
     if path.stat().st_size != shard.bytes:
         return [*problems, f"{shard.file}: {path.stat().st_size} bytes, not {shard.bytes}"]
-    if file_sha256(path) == shard.sha256:
+    if sha256_file(path) == shard.sha256:
         return problems
     if record is None:
         return [*problems, f"{shard.file}: bytes 0–{shard.bytes - 1}: sha256 differs"]
@@ -53,9 +53,3 @@ def _bad_blocks(path: Path, crcs: list[int], layout: Layout, first_row: int) -> 
 def record_name(shard_file: str) -> str:
     """File name of a shard's record."""
     return Path(shard_file).with_suffix(".json").name
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -119,7 +119,7 @@ class SignalsReader:
         tokens, ids, logp = batch.tokens_RT[part], batch.ids_RTK[part], batch.logp_RTK[part]
         tokens[...], ids[...] = raw["token"], raw["ids"]
         same_RTK = raw["ids"][:, :-1] == raw["token"][:, 1:, None]
-        if "ids_high" in layout.dtype.fields:  # type: ignore[operator]
+        if layout.wide:
             tokens += raw["token_high"].astype(np.int32) << 16
             ids += raw["ids_high"].astype(np.int32) << 16
             same_RTK &= raw["ids_high"][:, :-1] == raw["token_high"][:, 1:, None]

@@ -1,0 +1,202 @@
+"""Writes one shard of the teacher cache: encode, checksum, then commit at once or not at all.
+
+Axes: R rows of a batch, T tokens in a row, K entries of a token.
+A shard is written under another name, fsynced and renamed; its record (`<shard>.json`) follows in the same way and
+is the proof that the shard is complete. Any number of processes may write different shards of one folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmdistill.corpus.format import tokens_digest
+from lmdistill.errors import StageError
+from lmdistill.pipeline.files import write_text
+from lmdistill.signals.format import (
+    FORMAT_VERSION,
+    Layout,
+    ShardEntry,
+    TeacherInfo,
+    canonical_json,
+    sha256_of,
+    shard_name,
+)
+from lmdistill.signals.integrity import record_name, shard_problems
+from lmdistill.signals.statistics import Statistics
+from lmdistill.teachers.engine import TopK
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """The unit of work: rows [first_row, first_row + rows) of a split."""
+
+    split: str
+    index: int
+    first_row: int
+    rows: int
+
+    @property
+    def file(self) -> str:
+        """The shard's file name."""
+        return shard_name(self.split, self.index)
+
+    @property
+    def span(self) -> slice:
+        """Its rows in the split."""
+        return slice(self.first_row, self.first_row + self.rows)
+
+
+def plan_shards(split: str, rows: int, shard_rows: int) -> list[ShardJob]:
+    """Cut a split's rows into shards of `shard_rows`; the last may be shorter."""
+    firsts = range(0, rows, shard_rows)
+    return [ShardJob(split, index, first, min(shard_rows, rows - first)) for index, first in enumerate(firsts)]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """The `.json` beside a shard: what was written, block by block, for which tokens, by which teacher."""
+
+    entry: ShardEntry
+    statistics: Statistics
+
+
+def source_digest(layout: Layout, teacher: TeacherInfo, tokens_RT: NDArray[Any], flags_RT: NDArray[Any]) -> str:
+    """Identity of what a shard is made from: a finished shard is kept only where this is the same."""
+    spec = {"format": FORMAT_VERSION, "layout": asdict(layout), "teacher": asdict(teacher)}
+    return sha256_of(canonical_json({**spec, "tokens": tokens_digest(tokens_RT, flags_RT)}).encode())
+
+
+def finished_shard(folder: Path, job: ShardJob, layout: Layout, source: str) -> tuple[ShardRecord | None, list[str]]:
+    """The record of a shard that is there, whole, and made from `source`; else None and why it must be made."""
+    path = folder / record_name(job.file)
+    if not path.exists():
+        return None, []
+    try:
+        fields = json.loads(path.read_bytes())
+        entry = _entry(fields, path.read_bytes())
+        statistics = Statistics(**fields["statistics"])
+    except (ValueError, KeyError, TypeError) as error:
+        return None, [f"{path.name}: not a shard's record: {error!r}"]
+    if fields["source"] != source or (entry.first_row, entry.rows) != (job.first_row, job.rows):
+        return None, [f"{job.file}: made from other tokens, another teacher or other settings"]
+    problems = shard_problems(folder, entry, layout)
+    return (None, problems) if problems else (ShardRecord(entry, statistics), [])
+
+
+def _entry(fields: dict[str, Any], record: bytes) -> ShardEntry:
+    named = {name: fields[name] for name in ("file", "first_row", "rows", "bytes", "sha256")}
+    return ShardEntry(**named, record_sha256=sha256_of(record))
+
+
+class ShardWriter:
+    """Writes the rows of one job in order. Raises StageError where the disk is full or the engine's output unfit."""
+
+    def __init__(self, folder: Path, job: ShardJob, layout: Layout, source: str) -> None:
+        self.folder, self.job, self.layout, self.source = folder, job, layout, source
+        self.statistics = Statistics()
+        self._sha, self._crcs, self._rows = hashlib.sha256(), list[int](), 0
+        self._file: BinaryIO | None = None
+
+    def append(self, tokens_RT: NDArray[Any], flags_RT: NDArray[np.uint8], exact: TopK) -> None:
+        """Encode and write the next rows."""
+        check_engine_output(exact, self.layout)
+        raw_R = self._encode(tokens_RT, flags_RT, exact)
+        decoded_RTK = np.empty(exact.logp_BTK.shape, np.float32)
+        self.layout.companding.decode(raw_R["top1"], raw_R["gaps"], decoded_RTK)
+        self.statistics.add(tokens_RT, flags_RT, exact, decoded_RTK, raw_R["tail"])
+        try:
+            if self._file is None:
+                self._file = self._part.open("wb")
+            for row in raw_R:
+                self._write_row(self._file, row.tobytes())
+        except OSError as error:
+            raise self._disk_error(error) from error
+
+    def commit(self) -> ShardRecord:
+        """Make the shard and then its record durable under their final names."""
+        if self._file is None or self._rows != self.job.rows:
+            raise StageError(f"shard {self.job.file} has {self._rows} rows, not {self.job.rows}")
+        fields = {
+            "file": self.job.file,
+            "first_row": self.job.first_row,
+            "rows": self._rows,
+            "bytes": self._rows * self.layout.dtype.itemsize,
+            "sha256": self._sha.hexdigest(),
+            "crc32": self._crcs,
+            "source": self.source,
+            "statistics": asdict(self.statistics),
+        }
+        record = canonical_json(fields).encode()
+        try:
+            with self._file as file:
+                file.flush()
+                os.fsync(file.fileno())
+            self._part.replace(self.folder / self.job.file)
+            write_text(self.folder / record_name(self.job.file), record.decode())  # fsyncs the folder too
+        except OSError as error:
+            raise self._disk_error(error) from error
+        return ShardRecord(_entry(fields, record), self.statistics)
+
+    def _encode(self, tokens_RT: NDArray[Any], flags_RT: NDArray[np.uint8], exact: TopK) -> NDArray[Any]:
+        raw_R = np.empty(len(tokens_RT), self.layout.dtype)
+        code = self.layout.companding.encode(exact.logp_BTK, exact.tail_BT)
+        raw_R["token"] = tokens_RT & 0xFFFF
+        raw_R["flags"] = flags_RT
+        raw_R["top1"], raw_R["tail"], raw_R["gaps"] = code.top1_N, code.tail_N, code.gaps_NK
+        raw_R["ids"] = exact.ids_BTK & 0xFFFF
+        with np.errstate(over="ignore"):  # below −65,504 nats it is −inf
+            raw_R["lp_next"] = exact.lp_next_BT
+        if self.layout.wide:
+            raw_R["token_high"], raw_R["ids_high"] = tokens_RT >> 16, exact.ids_BTK >> 16
+        return raw_R
+
+    def _write_row(self, file: BinaryIO, data: bytes) -> None:
+        file.write(data)
+        self._sha.update(data)
+        if self._rows % self.layout.block_rows == 0:
+            self._crcs.append(0)
+        self._crcs[-1] = zlib.crc32(data, self._crcs[-1])
+        self._rows += 1
+
+    @property
+    def _part(self) -> Path:
+        return self.folder / f".{self.job.file}.tmp"
+
+    def _disk_error(self, error: OSError) -> StageError:
+        """What to do about a failed write; gives the unfinished shard's space back."""
+        remove_parts(self.folder)
+        need = self.job.rows * self.layout.dtype.itemsize
+        return StageError(
+            f"cannot write shard {self.job.file} in {self.folder}: {os.strerror(error.errno or 0)}",
+            why=f"this shard takes {need / 1e6:.1f} MB; finished shards are kept",
+            fix="free some space and run the same command again: it goes on with this shard",
+        )
+
+
+def check_engine_output(exact: TopK, layout: Layout) -> None:
+    """Raise StageError where an engine gives what no teacher can: NaN, unsorted entries, ids outside the vocabulary."""
+    ids, logp = exact.ids_BTK, exact.logp_BTK
+    finite = np.isfinite(logp).all() and not np.isnan(exact.tail_BT).any()
+    if not finite or np.isnan(exact.lp_next_BT[:, :-1]).any():
+        raise StageError(
+            "the teacher gave log-probs that are not finite",
+            why="its weights or activations overflow in this precision",
+            fix="set `precision: float32` in the teach stage, or check the teacher",
+        )
+    if ids.min() < 0 or ids.max() >= layout.vocab_size or (logp[..., 1:] > logp[..., :-1]).any():
+        raise StageError("the teacher engine gave unsorted entries or ids outside the vocabulary")
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what an interrupted run left unfinished."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
