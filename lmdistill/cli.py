@@ -101,7 +101,10 @@ def _run(plan: Plan) -> None:
     from lmdistill.pipeline.run import run_pipeline
 
     display = make_display(_console())
-    artefacts = run_pipeline(plan, [display])
+    try:
+        artefacts = run_pipeline(plan, [display])
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on from where it stopped", 130)
     display.say(f"{len(artefacts)} results in {plan.store.root}")
     report = plan.store.root / "report.html"
     if report.is_file():
@@ -210,5 +213,3 @@ def main() -> None:
             raise
         logs = [f"  log: {note}" for note in getattr(error, "__notes__", [])]
         _fail("\n".join([f"error: {error.render()}", *logs]), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("stopped; the same command goes on from where it stopped", 130)

@@ -66,3 +66,8 @@ def teacher_folder(parent: Path) -> Path:
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "tokenizer.json").write_text("{}")
     return folder
+
+
+def manifests(run_dir: Path) -> dict[str, str]:
+    """Folder name → manifest.json of every finished artefact."""
+    return {file.parent.name: file.read_text() for file in sorted(run_dir.glob("[0-9]*/manifest.json"))}
