@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from lmdistill.asset_spec import AssetSpec
 from lmdistill.assets import hub, wheel
 from lmdistill.assets.cache import content_digest, locked
-from lmdistill.errors import AssetError
+from lmdistill.errors import AssetError, nearest
 from lmdistill.pipeline.stage import Progress
 
 CONVERTER_VERSION = 1  # bump when a GGUF would turn into another model folder
@@ -85,9 +84,8 @@ def _local(spec: AssetSpec) -> Path:
         return path.absolute()
     folder = path.absolute().parent
     names = [other.name for other in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
     raise AssetError(
-        f"there is no file or folder {path}",
+        f"there is no file or folder {path}{nearest(path.name, names)}",
         why=f"looked in {folder}" if folder.is_dir() else f"the folder {folder} does not exist either",
-        fix=f"did you mean {folder / near[0]}?" if near else "correct `source:` in the recipe",
+        fix="correct `source:` in the recipe",
     )

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from lmdistill.asset_spec import Location
 from lmdistill.assets.cache import cache_dir, copy_hashed, make_folder, need_disk
-from lmdistill.errors import AssetError
+from lmdistill.errors import AssetError, nearest
 from lmdistill.pipeline.stage import Progress
 
 PROGRESS_LINE = re.compile(r"Progress (\d+) of (\d+)")
@@ -74,13 +74,10 @@ def _member_info(archive: zipfile.ZipFile, location: Location) -> zipfile.ZipInf
     names = archive.namelist()
     if location.member in names:
         return archive.getinfo(location.member)
-    import difflib
-
-    near = difflib.get_close_matches(location.member, names, n=3, cutoff=0.5)
     raise AssetError(
-        f"{location.name} {location.version} holds no file '{location.member}'",
+        f"{location.name} {location.version} holds no file '{location.member}'{nearest(location.member, names)}",
         why=f"it has {len(names)} other files",
-        fix=f"nearest: {', '.join(near)}" if near else "look at what the wheel holds: python -m zipfile -l <wheel>",
+        fix=f"look at what the wheel holds: python -m zipfile -l {archive.filename}",
     )
 
 

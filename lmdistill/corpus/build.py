@@ -24,7 +24,7 @@ from lmdistill.corpus.documents import (
 )
 from lmdistill.corpus.encode import Encoder, encode
 from lmdistill.corpus.format import META_FILE, TOKENIZER_FOLDER, TRAIN, VALID, CorpusMeta, SplitMeta
-from lmdistill.corpus.load import load
+from lmdistill.corpus.load import load, unreadable
 from lmdistill.corpus.pack import Rows, pack
 from lmdistill.errors import PreflightError
 from lmdistill.pipeline.stage import Progress
@@ -97,7 +97,10 @@ def _encoded(
             separator_first=config.separator == "bos",
             parallel=False,
         )
-        done.append(encode(data, source, encoder, folder, workers or os.cpu_count() or 1))
+        try:
+            done.append(encode(data, source, encoder, folder, workers or os.cpu_count() or 1))
+        except UnicodeDecodeError as error:  # columnar readers leave it to the first use of a text
+            raise unreadable(source, path, error) from error
         progress.note(f"{source.source}: {len(data)} records encoded")
     progress.update(len(paths), len(paths), "sources")
     return done

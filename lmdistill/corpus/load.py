@@ -5,14 +5,13 @@ Nothing is written outside the given work folder.
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import json
 from pathlib import Path
 from typing import Any
 
 from lmdistill.corpus.config import Source
-from lmdistill.errors import PreflightError
+from lmdistill.errors import PreflightError, nearest
 
 ENDINGS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text", ".text": "text"}
 BUILDERS = {"jsonl": "json", "parquet": "parquet", "text": "text"}
@@ -57,11 +56,10 @@ def check_fields(source: Source, fields: list[str]) -> None:
     """Raise PreflightError naming the nearest field unless all fields that the recipe names are there."""
     for role, wanted in (("messages" if source.messages else "text", source.field), ("group", source.group)):
         if wanted is not None and wanted not in fields:
-            near = difflib.get_close_matches(wanted, fields, n=1)
             raise PreflightError(
-                f"{source.source} has no field '{wanted}'",
+                f"{source.source} has no field '{wanted}'{nearest(wanted, fields)}",
                 why=f"its fields are {', '.join(map(repr, fields)) or 'none'}",
-                fix=f"set `{role}:` to {near[0]!r}" if near else f"set `{role}:` to one of them",
+                fix=f"set `{role}:` to one of them",
             )
 
 
@@ -84,13 +82,15 @@ def load(source: Source, path: Path, work: Path) -> Any:
                 options["sample_by"] = source.unit
             data = datasets.load_dataset(BUILDERS[kind], data_files=str(path), split="train", **options)
     except (DatasetGenerationError, ValueError, OSError, TypeError) as error:
-        raise _unreadable(source, path, kind, error) from error
+        raise unreadable(source, path, error) from error
     check_fields(source, list(data.column_names))
     data = data.select_columns([name for name in dict.fromkeys((source.field, source.group)) if name])
     return data if source.limit is None else data.select(range(min(source.limit, len(data))))
 
 
-def _unreadable(source: Source, path: Path, kind: str, error: Exception) -> PreflightError:
+def unreadable(source: Source, path: Path, error: Exception) -> PreflightError:
+    """The message for a source that fails to load or decode, with the line where one is malformed."""
+    kind = format_of(source, path)
     cause = error.__cause__ or error
     if kind == "jsonl" and path.suffix in ENDINGS and (bad := _bad_line(path)) is not None:
         number, reason = bad

@@ -52,7 +52,7 @@ def render(tokenizer: Any, messages: list[Message], with_spans: bool = True) -> 
     if marks_generation(tokenizer.get_chat_template()):
         return _by_marks(tokenizer, messages)
     text = _text(tokenizer, messages)
-    specials = tuple(map(str, tokenizer.all_special_tokens))
+    specials = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
