@@ -18,7 +18,7 @@ from lmdistill.errors import StageError
 
 
 @dataclass(frozen=True)
-class Sequence:
+class ScoredSequence:
     """Tokens a runtime sees at once, starting from an empty context."""
 
     row: int
@@ -39,7 +39,7 @@ class HeldOut:
     rows: int
     sequence_length: int
     vocab_size: int
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[ScoredSequence, ...]
     bytes_R: NDArray[np.int64]  # UTF-8 bytes of each row's targets
 
     @property
@@ -54,7 +54,7 @@ def chosen_rows(rows: int, sequence_length: int, tokens: int) -> NDArray[np.int6
     return np.unique(np.linspace(0, rows - 1, count).round().astype(np.int64))
 
 
-def _sequences(split: CorpusSplit, row: int, slot: int, isolate: bool) -> Iterator[Sequence]:
+def _sequences(split: CorpusSplit, row: int, slot: int, isolate: bool) -> Iterator[ScoredSequence]:
     flags_T: NDArray[Any] = np.asarray(split.flags_RT[row])
     tokens_T = np.asarray(split.tokens_RT[row], dtype=np.int64)
     length = int(np.flatnonzero(flags_T & PAD == 0)[-1]) + 1 if (flags_T & PAD == 0).any() else 0
@@ -64,7 +64,7 @@ def _sequences(split: CorpusSplit, row: int, slot: int, isolate: bool) -> Iterat
     for start, end in zip(starts, [*starts[1:], length], strict=True):
         positions_N = np.flatnonzero(flags_T[start:end] & LOSS)
         if len(positions_N):
-            yield Sequence(slot, tokens_T[start:end], positions_N)
+            yield ScoredSequence(slot, tokens_T[start:end], positions_N)
 
 
 def read_heldout(corpus: Path, split_name: str, tokens: int) -> HeldOut:

@@ -68,11 +68,12 @@ def _is_baseline(model: Artefact) -> bool:
 
 def _files(deployment: Artefact, parents: dict[str, Subject]) -> list[Subject]:
     record = json.loads((deployment.out / "deployment.json").read_text())
-    parent = parents.get(record["model"]["digest"])
+    digest, made_from = record["model"]["digest"], record["model"]["name"]
+    parent = parents.get(digest)
     if parent is None:
         raise StageError(
-            f"the files of '{deployment.name}' come from '{record['model']['name']}', which is not evaluated",
-            fix=f"add '{record['model']['name']}' to evaluate's `from:`, or leave `from:` out",
+            f"the files of '{deployment.name}' come from '{made_from}', which is not evaluated",
+            fix=f"add '{made_from}' to evaluate's `from:`, or leave `from:` out",
         )
     subjects = []
     for entry in record["files"]:
@@ -93,6 +94,8 @@ def assemble(teacher: ModelRef, models: Sequence[Artefact], deployments: Sequenc
     top = checkpoint(TEACHER, "teacher", teacher.path, None)
     parents = {teacher.digest: top}
     for model in models:
+        if model.fingerprint in parents:  # the teacher, named in `from:`
+            continue
         role: Role = "baseline" if _is_baseline(model) else "student"
         parents[model.fingerprint] = checkpoint(model.name, role, model.model().path, TEACHER)
     files = [file for deployment in deployments for file in _files(deployment, parents)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from lmdistill.evaluation.ladder import TEACHER, Subject
 from lmdistill.evaluation.references import Reference, ReferenceWriter
 from lmdistill.evaluation.runtimes import RuntimeOptions, runtime_class
 from lmdistill.evaluation.scorer import RowSums, paired_gap, score, summarise
+from lmdistill.pipeline.files import write_json
 from lmdistill.pipeline.stage import Progress
 
 
@@ -32,16 +32,6 @@ class QualityRun:
 
 def _scratch(work: Path, subject: str, suffix: str) -> Path:
     return work / (subject.replace("/", "__") + suffix)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
 
 
 def _reference(run: QualityRun, name: str | None) -> Reference | None:
@@ -74,6 +64,7 @@ def _score_one(run: QualityRun, subject: Subject, done: int, keep: bool) -> RowS
 
 def score_all(run: QualityRun) -> dict[str, RowSums]:
     """Row sums of every subject by name. Peak disk: the teacher's reference and one parent's."""
+    run.work.mkdir(parents=True, exist_ok=True)
     found: dict[str, RowSums] = {}
     scores = {subject.name: _scratch(run.work, subject.name, ".score.json") for subject in run.subjects}
     for done, subject in enumerate(run.subjects):
@@ -81,9 +72,7 @@ def score_all(run: QualityRun) -> dict[str, RowSums]:
         waiting = run.compare and any(not scores[name].exists() for name in children)
         kept = _scratch(run.work, subject.name, ".ref").exists()
         if not scores[subject.name].exists() or (waiting and not kept):
-            _write_atomically(
-                scores[subject.name], json.dumps(_score_one(run, subject, done, keep=waiting).to_json(), sort_keys=True)
-            )
+            write_json(scores[subject.name], _score_one(run, subject, done, keep=waiting).to_json())
         found[subject.name] = RowSums(**json.loads(scores[subject.name].read_text()))
         if subject.role == "file" and subject.parent != TEACHER:
             _drop_reference(run, subject.parent, scores)

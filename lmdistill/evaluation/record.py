@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -11,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lmdistill.pipeline.files import write_json
 from lmdistill.pipeline.stage import Artefact
 
 FORMAT_VERSION = 1
@@ -63,43 +63,28 @@ def cache_figures(signals: Artefact | None) -> dict[str, Any] | None:
     }
 
 
-def _processor() -> str:
-    """The processor's name, as Linux gives it, else as Python does."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def environment(threads: int) -> dict[str, Any]:
     """Where and with what the figures were measured."""
     import psutil
 
-    versions = {}
-    for name in DISTRIBUTIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # an extra that is not installed has no version to tell
+    from lmdistill.pipeline.environment import processor
+    from lmdistill.pipeline.keys import tool_versions
+
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
             "threads": threads,
             "memory_bytes": psutil.virtual_memory().total,
             "system": f"{platform.system()} {platform.release()}",
         },
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), **tool_versions(DISTRIBUTIONS)},
     }
 
 
 def write(folder: Path, record: Mapping[str, Any]) -> Path:
     """Write evaluation.json into `folder` and return its path."""
     path = folder / FILE
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"format": FORMAT_VERSION, **record}, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
+    write_json(path, {"format": FORMAT_VERSION, **record})
     return path

@@ -42,7 +42,8 @@ def evaluate(ctx: StageContext[EvaluateConfig]) -> dict[str, Any]:
             "environment": record.environment(timed["threads"]),
         },
     )
-    return {key: figures[key] for key in ("predictions", "bytes")} | {
+    return {
+        "tokens": heldout.predictions,
         "nll": {row["name"]: row["nll"] for row in figures["ladder"]},
         "kl_to_parent": {row["name"]: row["kl_to_parent"] for row in figures["ladder"]},
     }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmdistill.evaluation import divergence
-from lmdistill.evaluation.heldout import HeldOut, Sequence
+from lmdistill.evaluation.heldout import HeldOut, ScoredSequence
 from lmdistill.evaluation.references import Reference, ReferenceWriter
 from lmdistill.evaluation.runtimes import ScoringRuntime
 
@@ -90,7 +90,7 @@ def score(
 
 def _add_sequence(
     rows: RowSums,
-    sequence: Sequence,
+    sequence: ScoredSequence,
     log_x_NV: torch.Tensor,
     start: int,
     teacher: Reference | None,

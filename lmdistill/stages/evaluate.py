@@ -67,6 +67,7 @@ class EvaluateStage(Stage[EvaluateConfig]):
         Input("signals", ("signals",), optional=True),
     )
     output = "report"
+    uses_names = True
     tools = ("torch", "transformers", "llama-cpp-python")
 
     def uses_teacher(self, config: EvaluateConfig) -> bool:

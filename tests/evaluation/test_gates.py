@@ -1,0 +1,134 @@
+"""Gates: the grammar, what keeps a promise, and messages for wrong ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from lmdistill.errors import StageError
+from lmdistill.evaluation.gates import Gate, check, demand
+
+ONE_BOUND = "a gate has `at_most` or `at_least`, one of them"
+LADDER = [
+    {"name": "teacher", "nll": 3.8, "prefill_tps": None},
+    {"name": "ce", "nll": 4.5},
+    {"name": "distill", "nll": 4.4},
+    {"name": "export/q4_0", "nll": 4.45, "prefill_tps": 900.0, "decode_tps": 210.0},
+    {"name": "teacher_files/q4_0", "nll": 3.85, "prefill_tps": 500.0, "decode_tps": 150.0},
+    {"name": "broken", "nll": math.nan},
+]
+
+
+def gate(**keys: Any) -> Gate:
+    return Gate.model_validate(keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "limit", "passed"),
+    [
+        ({"of": "distill", "metric": "nll", "at_most": {"of": "ce"}}, 4.5, True),
+        ({"of": "ce", "metric": "nll", "at_most": {"of": "distill"}}, 4.4, False),
+        ({"of": "distill", "metric": "nll", "at_most": {"of": "teacher", "plus": 0.7}}, 4.5, True),
+        ({"of": "distill", "metric": "nll", "at_most": {"of": "teacher", "plus": 0.5}}, 4.3, False),
+        (
+            {
+                "of": "export/q4_0",
+                "metric": "prefill_tps",
+                "at_least": {"of": "teacher_files/q4_0", "times": 1.5},
+            },
+            750.0,
+            True,
+        ),
+        (
+            {
+                "of": "export/q4_0",
+                "metric": "decode_tps",
+                "at_least": {"of": "teacher_files/q4_0", "times": 1.5},
+            },
+            225.0,
+            False,
+        ),
+        ({"of": "distill", "metric": "nll", "at_most": 4.4}, 4.4, True),
+        ({"of": "distill", "metric": "nll", "at_least": 4.4}, 4.4, True),
+        (
+            {
+                "of": "export/q4_0",
+                "metric": "prefill_tps",
+                "at_least": {"of": "teacher_files/q4_0", "metric": "decode_tps"},
+            },
+            150.0,
+            True,
+        ),
+    ],
+)
+def test_a_gate_compares_a_figure_with_its_limit(keys: dict[str, Any], limit: float, passed: bool) -> None:
+    (result,) = check([gate(**keys)], LADDER)
+    assert result.limit == pytest.approx(limit)
+    assert result.passed is passed
+
+
+@given(st.floats(-10, 10), st.floats(-10, 10), st.floats(-3, 3), st.floats(-3, 3))
+def test_the_limit_is_times_then_plus(measured: float, other: float, times: float, plus: float) -> None:
+    """For all figures: passed means measured ≤ other × times + plus."""
+    ladder = [{"name": "a", "nll": measured}, {"name": "b", "nll": other}]
+    (result,) = check([gate(of="a", metric="nll", at_most={"of": "b", "times": times, "plus": plus})], ladder)
+    assert result.passed == (measured <= other * times + plus)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"of": "teacher", "metric": "prefill_tps", "at_least": 1},  # null
+        {"of": "broken", "metric": "nll", "at_most": 100},  # not a number
+        {"of": "gone", "metric": "nll", "at_most": 100},
+        {"of": "distill", "metric": "nll", "at_most": {"of": "broken"}},
+    ],
+)
+def test_what_was_not_measured_keeps_no_promise(keys: dict[str, Any]) -> None:
+    (result,) = check([gate(**keys)], LADDER)
+    assert not result.passed
+
+
+def test_failing_gates_raise_with_the_whole_table() -> None:
+    gates = [
+        gate(of="distill", metric="nll", at_most={"of": "ce"}),
+        gate(of="distill", metric="nll", at_most={"of": "teacher", "plus": 0.1}),
+    ]
+    with pytest.raises(StageError) as caught:
+        demand(check(gates, LADDER))
+    text = str(caught.value)
+    assert "1 of 2 quality gates failed" in text
+    assert "kept    distill nll ≤ ce nll" in text
+    assert "BROKEN  distill nll ≤ teacher nll + 0.1" in text and "measured 4.4, limit 3.9" in text
+    demand(check(gates[:1], LADDER))  # all kept: says nothing
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"of": "distill", "metric": "nil", "at_most": 1}, "no metric 'nil'; did you mean 'nll'?"),
+        (
+            {"of": "distill", "metric": "nll", "at_most": {"of": "ce", "metric": "kl_to_techer"}},
+            "did you mean 'kl_to_teacher'",
+        ),
+        ({"of": "distill", "metric": "nll"}, ONE_BOUND),
+        (
+            {"of": "distill", "metric": "nll", "at_most": 1, "at_least": 0},
+            "a gate has `at_most` or `at_least`, one of them",
+        ),
+        ({"of": "distill", "metric": "nll", "at_most": {"plus": 1}}, "a limit is a number or has `of`"),
+        ({"of": "distill", "metric": "nll", "at_most": {"value": 1, "of": "ce"}}, "a limit is a number or has `of`"),
+        ({"of": "distill", "metric": "nll", "at_most": {"than": "ce"}}, "Extra inputs are not permitted"),
+        ({"of": "distill", "metric": "nll", "at_most": math.nan}, "finite number"),
+        ({"metric": "nll", "at_most": 1}, "Field required"),
+    ],
+)
+def test_a_wrong_gate_says_what_is_wrong(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        gate(**keys)
+    assert message in str(caught.value)
