@@ -1,0 +1,42 @@
+"""Toy teachers of a few thousand parameters, with a tokenizer of one token a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmdistill.pipeline.stage import ModelRef
+
+VOCAB = 90
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+
+
+def save_tokenizer(folder: Path, vocab: int = VOCAB, prefix: str = "w") -> None:
+    """A word-level tokenizer.json with `vocab` tokens."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = {f"{prefix if i == 3 else 'w'}{i}": i for i in range(vocab)}
+    Tokenizer(WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+
+
+def save_toy(folder: Path, kind: str = "llama", rows: int = VOCAB, **config: Any) -> ModelRef:
+    """A random model of `kind` with `rows` logits, saved with the toy tokenizer."""
+    import transformers
+
+    names = {"llama": "Llama", "lfm2": "Lfm2", "granite": "Granite"}
+    made = getattr(transformers, f"{names[kind]}Config")(vocab_size=rows, **SMALL, **config)
+    torch.manual_seed(0)
+    getattr(transformers, f"{names[kind]}ForCausalLM")(made).save_pretrained(folder)
+    save_tokenizer(folder)
+    return ModelRef(kind, folder, "d" * 64, str(folder))

@@ -1,0 +1,124 @@
+"""The teach stage: what it refuses before work starts, what it makes, what it promises afterwards."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from teachers_toys import VOCAB, save_tokenizer
+
+from lmdistill.corpus.format import DOC_START, LOSS, CorpusMeta, SplitMeta, tokens_digest
+from lmdistill.errors import IntegrityError, PreflightError
+from lmdistill.pipeline.stage import Artefact, Planned, PreflightContext, Runtime, StageConfig, StageContext
+from lmdistill.signals.reader import SignalsReader
+from lmdistill.stages.teach import TeachConfig, TeachStage
+
+ROWS, LENGTH = 10, 24
+STAGE = TeachStage()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A corpus artefact of the toy tokenizer's tokens."""
+    out = tmp_path_factory.mktemp("corpus") / "out"
+    save_tokenizer(out / "tokenizer")
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH)).astype("<u2")
+    flags = np.full((ROWS, LENGTH), LOSS, np.uint8)
+    flags[:, 0], flags[:, -1] = LOSS | DOC_START, 0
+    for kind, array in {"tokens": tokens, "flags": flags, "bytes": np.full(ROWS, LENGTH - 1, "u4")}.items():
+        np.save(out / f"train.{kind}.npy", array)
+    targets = ROWS * (LENGTH - 1)
+    split = SplitMeta(ROWS, ROWS, ROWS * LENGTH, targets, targets, tokens_digest(tokens, flags))
+    meta = CorpusMeta(LENGTH, "concat", VOCAB, "t" * 64, None, None, 0, {"train": split})
+    (out / "corpus.json").write_text(meta.to_json())
+    return Artefact("corpus", "corpus", "corpus", "f" * 64, out.parent)
+
+
+def before(teacher, artefact, tmp_path, **config):
+    planned = Planned("corpus", "corpus", "corpus", "f" * 64, StageConfig(), artefact=artefact)
+    return PreflightContext("teach", TeachConfig(**config), {"corpus": [planned]}, teacher, tmp_path)
+
+
+def running(teacher, artefact, out, **config):
+    settings = TeachConfig(k=8, shard_rows=4, batch_rows=2, **config)
+    runtime = Runtime(device="cpu")
+    return StageContext("teach", settings, {"corpus": [artefact]}, teacher, out, out, runtime=runtime)
+
+
+def test_a_good_plan_passes_and_is_estimated(toy, corpus, tmp_path):
+    """No errors; disk is rows × stride, time and memory follow from the parameters."""
+    ctx = before(toy, corpus, tmp_path, k=8)
+    assert STAGE.preflight(ctx) == []
+    estimate = STAGE.estimate(ctx)
+    assert estimate.disk_bytes == ROWS * LENGTH * (2 + 1 + 2 + 2 + 2 + 8 * 2 + 7)
+    assert estimate.seconds > 0
+    assert estimate.memory_bytes > 0
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    ({"k": VOCAB + 1}, f"k is {VOCAB + 1}, the teacher's vocabulary has {VOCAB}"),
+    ({"engine": "transformer"}, "did you mean 'transformers'"),
+    ({"splits": ("train", "test")}, "the corpus has train"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_first(toy, corpus, tmp_path, config, message):
+    """K above the vocabulary, a mistyped engine, a split that is not there: one message each, before any work."""
+    [error] = STAGE.preflight(before(toy, corpus, tmp_path, **{"k": 8, **config}))
+    assert isinstance(error, PreflightError)
+    assert message in error.render()
+
+
+def test_other_token_maps_are_listed(toy, corpus, tmp_path):
+    """A corpus in another tokenizer's ids is refused before and at the start of a run, with the ids."""
+    shutil.copytree(corpus.path, tmp_path / "corpus")
+    save_tokenizer(tmp_path / "corpus/out/tokenizer", prefix="x")
+    other = Artefact("corpus", "corpus", "corpus", "f" * 64, tmp_path / "corpus")
+    [error] = STAGE.preflight(before(toy, other, tmp_path, k=8))
+    assert "3: 'x3' / 'w3'" in error.why
+    with pytest.raises(PreflightError, match="different token maps: 1 ids differ"):
+        STAGE.run(running(toy, other, tmp_path / "out"))
+
+
+def test_keys_are_tight():
+    """No K of zero, no other precision, no other variant, no unknown key."""
+    for wrong in ({"k": 0}, {"precision": "int8"}, {"variant": "compact"}, {"splits": ()}, {"top_k": 3}):
+        with pytest.raises(ValidationError):
+            TeachConfig(**wrong)
+
+
+def test_run_and_run_again(toy, corpus, tmp_path):
+    """Same metrics and bytes again, and its own verification passes."""
+    first, second = (running(toy, corpus, tmp_path / name) for name in ("one", "two"))
+    metrics = STAGE.run(first)
+    assert STAGE.run(second) == metrics
+    STAGE.verify(first, metrics)
+    files = sorted(path.name for path in first.out.iterdir())
+    assert files == sorted([f"train-0000{i}.{end}" for i in range(3) for end in ("sig", "json")] + ["signals.json"])
+    assert all((first.out / name).read_bytes() == (second.out / name).read_bytes() for name in files)
+    assert metrics["bytes_per_token"] == 32
+    assert 0 < metrics["head_mass"] < 1
+    assert metrics["digest"] == SignalsReader(first.out).digest
+    assert STAGE.run(first) == metrics
+
+
+def test_verify_fails_on_damage(toy, corpus, tmp_path):
+    """The postcondition reads every byte."""
+    ctx = running(toy, corpus, tmp_path / "out")
+    metrics = STAGE.run(ctx)
+    shard = ctx.out / "train-00001.sig"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(IntegrityError, match=r"train-00001\.sig: block 0"):
+        STAGE.verify(ctx, metrics)
+
+
+def test_a_corpus_that_changed_is_refused(toy, corpus, tmp_path):
+    """Tokens that are not those the corpus stage wrote are never scored."""
+    shutil.copytree(corpus.path, tmp_path / "corpus")
+    path = tmp_path / "corpus/out/train.tokens.npy"
+    tokens = np.load(path)
+    tokens[0, 0] ^= 1
+    np.save(path, tokens)
+    changed = Artefact("corpus", "corpus", "corpus", "f" * 64, tmp_path / "corpus")
+    with pytest.raises(IntegrityError, match="not what was written"):
+        STAGE.run(running(toy, changed, tmp_path / "out"))
