@@ -213,3 +213,7 @@ def main() -> None:
             raise
         logs = [f"  log: {note}" for note in getattr(error, "__notes__", [])]
         _fail("\n".join([f"error: {error.render()}", *logs]), error.exit_code)
+    except OSError as error:  # a full disk, a folder that may not be written
+        if os.environ.get("LMDISTILL_TRACEBACK"):
+            raise
+        _fail(f"error: {error}\n  do:  set that right; the same command goes on from where it stopped", 2)

@@ -52,7 +52,8 @@ class PlainDisplay:
         """Print to `console`."""
         self.console = console
         self.label = ""
-        self.started = self.shown = time.monotonic()
+        self.shown = time.monotonic()
+        self.origin: tuple[float, float] | None = None  # time and count at the first progress: a resumed stage's rate
 
     def say(self, text: str) -> None:
         """One line, as it is."""
@@ -68,20 +69,33 @@ class PlainDisplay:
         """It is there already."""
         self.say(f"[{fields['number']}/{fields['of']}] {fields['stage']}: cached ({fields['folder']})")
 
+    def begin(self, label: str, how: str) -> None:
+        """Other work than before."""
+        self.label, self.shown, self.origin = label, time.monotonic(), None
+        self.say(f"{label}: {how}")
+
+    def on_fetch_started(self, fields: dict[str, Any]) -> None:
+        """Assets are missing."""
+        self.begin("assets", f"fetching {len(fields['sources'])}")
+
+    def on_fetch_finished(self, fields: dict[str, Any]) -> None:
+        """Assets are here."""
+        self.say(f"{self.label}: done in {duration(fields['seconds'])}")
+
     def on_stage_started(self, fields: dict[str, Any]) -> None:
         """Work begins."""
-        self.label = f"[{fields['number']}/{fields['of']}] {fields['stage']}"
-        self.started = self.shown = time.monotonic()
-        self.say(f"{self.label}: {'resumed' if fields['resumed'] else 'started'}")
+        label = f"[{fields['number']}/{fields['of']}] {fields['stage']}"
+        self.begin(label, "resumed" if fields["resumed"] else "started")
 
     def on_progress(self, fields: dict[str, Any]) -> None:
         """So far."""
-        now = time.monotonic()
+        now, done, total = time.monotonic(), fields["done"], fields["total"]
+        self.origin = self.origin or (now, done)
         if now - self.shown < PLAIN_EVERY:
             return
         self.shown = now
-        done, total = fields["done"], fields["total"]
-        left = duration((now - self.started) * (total - done) / done) if done else "?"
+        since, first = self.origin
+        left = duration((now - since) * (total - done) / (done - first)) if done > first else "?"
         figures = figures_text(fields["figures"])
         text = f"{amount(done)}/{amount(total)} {fields['unit']}".rstrip()
         self.say(f"{self.label}: {text}{f' ({figures})' if figures else ''}, {left} left")
@@ -112,9 +126,9 @@ class LiveDisplay(PlainDisplay):
         self.bar = Progress(*columns, console=console, transient=True)
         self.task: TaskID | None = None
 
-    def on_stage_started(self, fields: dict[str, Any]) -> None:
-        """Work begins: a bar of its own."""
-        super().on_stage_started(fields)
+    def begin(self, label: str, how: str) -> None:
+        """Other work than before: a bar of its own."""
+        super().begin(label, how)
         self._drop()
         self.task = self.bar.add_task(self.label, total=None, counts="", figures="")
         self.bar.start()
@@ -132,6 +146,11 @@ class LiveDisplay(PlainDisplay):
         """Published."""
         self._drop()
         super().on_stage_finished(fields)
+
+    def on_fetch_finished(self, fields: dict[str, Any]) -> None:
+        """Assets are here."""
+        self._drop()
+        super().on_fetch_finished(fields)
 
     def close(self) -> None:
         """Take the bar away."""

@@ -54,7 +54,9 @@ def call(job: Json, subject: str, python: str, log: Path | None, on_message: OnM
 
 
 def _environment(job: Json) -> dict[str, str]:
-    env = dict(os.environ)
+    from lmdistill.assets import cache_dir
+
+    env = {"HF_DATASETS_CACHE": str(cache_dir() / "datasets"), **os.environ}
     env["PYTHONHASHSEED"] = "0"  # nothing may depend on the order of a set
     if threads := job["runtime"]["threads"]:
         env["OMP_NUM_THREADS"] = str(threads)
@@ -129,7 +131,13 @@ def _failure(final: Json | None, code: int, subject: str, log: Path | None) -> L
         why = "perhaps the machine ran out of memory" if -code == signal.SIGKILL else ""
         return StageError(f"{subject} was killed by signal {-code} ({name})", why=why, fix=f"{where}; {RESUME}")
     what = f"{subject} ended with status {code} and no result"
-    return StageError(what, fix=f"{where}; {RESUME}")
+    return StageError(what, why=_last_line(log), fix=f"{where}; {RESUME}")
+
+
+def _last_line(log: Path | None) -> str:
+    """The last thing that was printed, often the reason."""
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

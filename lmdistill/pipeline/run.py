@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lmdistill.asset_spec import AssetSpec
 from lmdistill.pipeline.environment import write_environment, write_lock
 from lmdistill.pipeline.events import EventFile, Events, Sink
 from lmdistill.pipeline.files import write_json
@@ -78,21 +80,24 @@ class Runner:
         absent = [spec for spec in plan.data_assets() if assets.available(spec) is None]
         fetch_teacher = teacher if plan.needs_teacher() and self.teacher is None else None
         if absent or fetch_teacher:
-            job = {
-                "task": "fetch",
-                "assets": [spec.model_dump() for spec in absent],
-                "teacher": fetch_teacher.model_dump() if fetch_teacher else None,
-                "runtime": runtime_job(plan),
-            }
-            steps = plan.running()
-            python = next(
-                (step.python for step in steps if step.name not in plan.recipe.runtime.python), steps[0].python
-            )
-            call(job, "fetching the assets", python, self.root / "logs" / "assets.log", self._pass_on("assets"))
+            self._fetch(absent, fetch_teacher)
             self.teacher = assets.model_available(teacher) if teacher else None
             raise_all(run_preflights(plan, self.teacher, log).problems)
         if self.teacher is not None:
             self._place_teacher(self.teacher)
+
+    def _fetch(self, data: Sequence[AssetSpec], teacher: AssetSpec | None) -> None:
+        """Bring what is not on this machine yet, in a process of its own: converting a GGUF takes memory."""
+        job = {
+            "task": "fetch",
+            "assets": [spec.model_dump() for spec in data],
+            "teacher": teacher.model_dump() if teacher else None,
+            "runtime": runtime_job(self.plan),
+        }
+        started = time.monotonic()
+        self.events.emit("fetch_started", sources=[spec.source for spec in (*data, *([teacher] if teacher else []))])
+        call(job, "fetching the assets", sys.executable, self.root / "logs" / "assets.log", self._pass_on("assets"))
+        self.events.emit("fetch_finished", seconds=round(time.monotonic() - started, 3))
 
     def _place_teacher(self, teacher: ModelRef) -> None:
         """A folder like an artefact's, whose out/model is the teacher, for stages that name it in `from:`."""

@@ -30,10 +30,16 @@ class Store:
     root: Path
 
     def find(self, name: str, stage: str, kind: str, key: Mapping[str, Any]) -> Artefact | None:
-        """The finished artefact with this key, under the name it has now; None where there is none."""
+        """The finished artefact with this key, under the name it has now; None where there is none.
+
+        Raises IntegrityError where a folder of that fingerprint has lost its key.
+        """
         full = fingerprint(key)
         for folder in sorted(self.root.glob(f"[0-9]*-{full[:SHORT]}")):
-            if read_key(folder).get("fingerprint") == full:
+            found = read_key(folder)
+            if not found:
+                raise IntegrityError(f"{folder}/key.json cannot be read", fix=_again(folder))
+            if found["fingerprint"] == full:
                 return Artefact(name, stage, kind, full, folder)
         return None
 

@@ -41,7 +41,7 @@ def test_a_cached_run_is_quick_and_imports_nothing_heavy(write: Write, lmdistill
 
 def test_stage_files_import_nothing_heavy() -> None:
     code = (
-        "import sys; from lmdistill.stages import load_stage, stage_files; [load_stage(name) for name in stage_files()];"
+        "import sys; from lmdistill.stages import load_stage, stage_files; [load_stage(n) for n in stage_files()];"
         "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'gguf', 'llama_cpp') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -184,3 +184,13 @@ def test_a_stage_folder_that_is_not_there(lmdistill: Run, monkeypatch: pytest.Mo
     done = lmdistill("stages")
     assert done.returncode == 2
     assert "LMDISTILL_STAGES names /no/such/folder, which is no folder" in done.stderr
+
+
+def test_a_folder_that_cannot_be_written(write: Write, lmdistill: Run, toys: Path) -> None:
+    write()
+    (toys / "file").write_text("in the way")
+    done = lmdistill("pipeline", "toy.yaml", "--run-dir", "file/run")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "file/run" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -129,3 +129,22 @@ def test_half_written_files_never_reach_an_artefact(write: Write) -> None:
         (next(RUN.glob(".partial-learn-*")) / "out" / "model" / ".3.txt.tmp").write_text("half")
     made = run_pipeline(make_plan(load_recipe(Path("toy.yaml")), RUN))
     assert sorted(made["learn"].manifest["files"]) == [f"model/{step}.txt" for step in range(4)]
+
+
+def test_interpreter_without_lmdistill(write: Write, toys: Path) -> None:
+    other = toys / "python"
+    other.write_text(
+        '#!/bin/sh\n[ "$1" = -c ] && echo \'{"pydantic": "1"}\' && exit\necho "No module named x" >&2; exit 1\n'
+    )
+    other.chmod(0o755)
+    with failing(write(), f"runtime.python.gather={other}", kind=StageError) as message:
+        assert "the preflight ended with status 1 and no result" in message[0]
+        assert "why: No module named x" in message[0]
+
+
+def test_fetching_comes_before_the_first_stage(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with failing(write("stages:\n- stage: gather\n  data: 'hf:a/b@c'\n"), kind=AssetError) as message:
+        assert "cannot fetch hf:a/b@c" in message[0]
+    names = [event["event"] for event in read_events(RUN / "events.jsonl")]
+    assert names == ["run_started", "fetch_started", "note"]
