@@ -7,6 +7,7 @@ Formats that are nonsense without an importance matrix (IQ1, IQ2, IQ3) are left 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -76,13 +77,8 @@ def known_format(name: str) -> str:
 
 def gguf_shapes(architecture: Architecture) -> dict[str, Shape]:
     """Shape of every tensor a checkpoint brings, under its GGUF name, before anything is written."""
-    import torch
-
     names = architecture.gguf_names()
-    return {
-        names[source]: tuple(architecture.convert(source, torch.empty(shape, device="meta")).shape)
-        for source, shape in architecture.tensors().items()
-    }
+    return {names[source]: architecture.written_shape(shape) for source, shape in architecture.tensors().items()}
 
 
 def predicted_fallbacks(format_: Format, architecture: Architecture) -> dict[str, int]:
@@ -95,8 +91,18 @@ def predicted_fallbacks(format_: Format, architecture: Architecture) -> dict[str
     for name, shape in shapes.items():
         block = format_.head_block if name == head else format_.block
         if not architecture.keeps_f32(shape) and shape[-1] % block:
-            found[name] = shape[0] * shape[-1]
+            found[name] = math.prod(shape)
     return found
+
+
+def weight_count(architecture: Architecture) -> int:
+    """Weights of a checkpoint; a tied head counts once."""
+    return sum(math.prod(shape) for shape in architecture.tensors().values())
+
+
+def fallback_share(format_: Format, architecture: Architecture) -> float:
+    """Share of all weights that `predicted_fallbacks` names."""
+    return sum(predicted_fallbacks(format_, architecture).values()) / weight_count(architecture)
 
 
 def actual_fallbacks(format_: Format, architecture: Architecture, tensors: Mapping[str, TensorInfo]) -> list[str]:

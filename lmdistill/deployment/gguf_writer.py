@@ -104,13 +104,12 @@ def write_gguf(folder: Path, target: Path, precision: Precision, *, name: str, p
 def _declare(writer: Any, architecture: Architecture, precision: Precision) -> None:
     """Tell the writer every tensor's name, shape and size before the first one is written."""
     import numpy as np
-    import torch
 
     names = architecture.gguf_names()
     for source, shape in architecture.tensors().items():
         if source not in names:
             raise LmdistillError(f"the gguf package has no name for {source} in {architecture.gguf_name}")
-        written = tuple(architecture.convert(source, torch.empty(shape, device="meta")).shape)
+        written = architecture.written_shape(shape)
         dtype = np.dtype(np.float32 if precision == "f32" or architecture.keeps_f32(written) else np.float16)
         writer.add_tensor_info(names[source], written, dtype, int(np.prod(written)) * dtype.itemsize)
     for name, tensor in architecture.extra_tensors().items():

@@ -154,6 +154,10 @@ class LlamaCppRuntime:
         """Whether llama.cpp stops generating at this token."""
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
+    def token_text(self, token: int) -> str:
+        """What the vocabulary says a token is: special tokens as they are written in a template; "" where token < 0."""
+        return "" if token < 0 else self._lib.llama_vocab_get_text(self._vocab, token).decode("utf-8")
+
     @property
     def chat_template(self) -> str | None:
         """The chat template embedded in the file."""

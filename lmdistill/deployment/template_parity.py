@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lmdistill.deployment.golden import Conversation
-from lmdistill.deployment.tokenizer_parity import open_vocabulary
+from lmdistill.deployment.tokenizer_parity import GgufVocabulary
 from lmdistill.errors import IntegrityError
 
 
@@ -14,16 +14,12 @@ def embedded_formatter(gguf_path: Path, *, add_generation_prompt: bool) -> Any:
     """llama-cpp-python's renderer for the template in a file; None where the file has no template."""
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-    llama = open_vocabulary(gguf_path)
-    template = llama.metadata.get("tokenizer.chat_template")
+    with GgufVocabulary(gguf_path) as vocabulary:
+        template, ids = vocabulary.chat_template, vocabulary.special_ids
+        bos, eos = vocabulary.token_text(ids["bos"]), vocabulary.token_text(ids["eos"])
     if template is None:
         return None
-    bos, eos = (_token_text(llama, token) for token in (llama.token_bos(), llama.token_eos()))
     return Jinja2ChatFormatter(template, eos, bos, add_generation_prompt=add_generation_prompt)
-
-
-def _token_text(llama: Any, token: int) -> str:
-    return "" if token < 0 else str(llama.detokenize([token], special=True).decode("utf-8"))
 
 
 def differing_renderings(tokenizer: Any, gguf_path: Path, conversations: list[Conversation]) -> int:

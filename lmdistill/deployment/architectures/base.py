@@ -72,6 +72,10 @@ class Architecture:
         """A checkpoint's torch tensor as llama.cpp wants it laid out."""
         return tensor
 
+    def written_shape(self, shape: Shape) -> Shape:
+        """The shape `convert` gives a tensor of this shape: only matrices and vectors are written."""
+        return tuple(size for i, size in enumerate(shape) if len(shape) < 3 or i != 1)
+
     def extra_tensors(self) -> dict[str, Any]:
         """Float32 torch tensors that are computed from the config, by their GGUF names."""
         return {}
