@@ -8,40 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_samples import make_tokenizer
 
 from lmdistill.asset_spec import AssetSpec
 from lmdistill.corpus.build import build
 from lmdistill.corpus.config import CorpusConfig
 from lmdistill.corpus.format import CorpusReader
 from lmdistill.pipeline.stage import SilentProgress
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-SAMPLE = "The quick brown fox, 123 jumps; naïve café 你好 🙂 over lazy dogs. def f(x): return x + 1\n" * 20
-
-
-def make_tokenizer(folder: Path, template: str | None = CHATML) -> Path:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([SAMPLE], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chat_samples import CHATML, make_tokenizer
 
 from lmdistill.checkpoints import load_tokenizer
 from lmdistill.corpus.format import LOSS, PAD, CorpusReader
 from lmdistill.errors import PreflightError
-from tests.corpus.conftest import CHATML, make_tokenizer
 
 Make = Callable[..., CorpusReader]
 Write = Callable[..., str]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_samples import make_tokenizer
 from pydantic import ValidationError
 
 from lmdistill.corpus.config import CorpusConfig
@@ -14,7 +15,6 @@ from lmdistill.corpus.format import CorpusReader
 from lmdistill.errors import LmdistillError, PreflightError
 from lmdistill.pipeline.stage import ModelRef, PreflightContext, StageContext
 from lmdistill.stages.corpus import CorpusStage
-from tests.corpus.conftest import make_tokenizer
 
 Make = Callable[..., CorpusReader]
 Write = Callable[..., str]
