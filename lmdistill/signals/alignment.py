@@ -37,35 +37,42 @@ def check_alignment(
     lp_next_RT: NDArray[np.float32],
     companding: Companding,
 ) -> Misaligned | None:
-    """Check one batch; `same_RTK` [R, T−1, K] says where an id is the next token. None where all is well."""
+    """Check one batch of contiguous arrays; None where all is well.
+
+    `same_RTK` says where an id is the next token, and is False at a row's last position.
+    """
     rows, length, k = same_RTK.shape
-    nan_RT = np.isnan(lp_next_RT)
-    if rows and (nan_RT[:, :-1].any() or not nan_RT[:, -1].all()):
-        row, position = (int(i) for i in np.argwhere(nan_RT != (np.arange(length + 1) == length))[0])
-        return Misaligned(row, position, float(lp_next_RT[row, position]), float("nan"), 1, rows * length)
-    flat, entry = np.divmod(np.flatnonzero(same_RTK), k)
-    at = np.divmod(flat, length)
-    column = np.where(entry > 0, entry - 1, 0)
-    code = np.where(entry > 0, gaps_RTK[*at, column] if k > 1 else 0, 0)
-    decoded_RT = logp_RTK[:, :-1, -1].copy()
-    lowest = gaps_RTK[:, :-1, -1] if k > 1 else np.zeros((rows, length), np.uint8)
-    bound_RT = companding.half_step_C[lowest]
-    below_RT = np.ones((rows, length), bool)  # the next token is less likely than any entry, or out of the code's reach
-    decoded_RT[at] = logp_RTK[*at, entry]
-    bound_RT[at] = companding.half_step_C[code]
-    below_RT[at] = code == CODES - 1
-    expected_RT = lp_next_RT[:, :-1]
-    bound_RT = bound_RT + half_step_f16(logp_RTK[:, :-1, 0]) + half_step_f16(expected_RT)
-    bound_RT += renormalisation_bound(companding, k) + FLOAT32_SLACK
-    excess_RT = expected_RT - decoded_RT
-    bad_RT = ~np.where(below_RT, excess_RT <= bound_RT, np.abs(excess_RT) <= bound_RT)
-    return _first(bad_RT, expected_RT, decoded_RT)
+    missing_RT = np.isnan(lp_next_RT)
+    if np.count_nonzero(missing_RT) != rows or not missing_RT[:, -1].all():
+        bad_RT = missing_RT != (np.arange(length) == length - 1)
+        return _first(bad_RT, lp_next_RT, np.full_like(lp_next_RT, np.nan))
+    decoded_RT, code_RT = logp_RTK[..., -1].copy(), _last_code(gaps_RTK)
+    below_RT = np.ones((rows, length), bool)  # less likely than any entry, or out of the code's reach
+    hits = np.flatnonzero(same_RTK)
+    token = hits // k
+    entry = hits - token * k
+    decoded_RT.reshape(-1)[token] = logp_RTK.reshape(-1)[hits]
+    if k > 1:
+        coded = gaps_RTK.reshape(-1)[np.maximum(hits - token - 1, 0)]  # K−1 codes a token
+        code_RT.reshape(-1)[token] = np.where(entry > 0, coded, 0)
+    below_RT.reshape(-1)[token] = code_RT.reshape(-1)[token] == CODES - 1
+    bound_RT = companding.half_step_C[code_RT] + half_step_f16(logp_RTK[..., 0]) + half_step_f16(lp_next_RT)
+    bound_RT += np.float32(renormalisation_bound(companding, k) + FLOAT32_SLACK)
+    excess_RT = lp_next_RT - decoded_RT  # NaN at the last position: compares as no failure
+    bad_RT = excess_RT > bound_RT
+    bad_RT |= (excess_RT < -bound_RT) & ~below_RT
+    return _first(bad_RT, lp_next_RT, decoded_RT) if bad_RT.any() else None
 
 
-def _first(bad_RT: NDArray[np.bool_], expected_RT: NDArray[Any], decoded_RT: NDArray[Any]) -> Misaligned | None:
+def _last_code(gaps_RTK: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The K-th entry's code; 0 where K = 1."""
+    if gaps_RTK.shape[-1] == 0:
+        return np.zeros(gaps_RTK.shape[:-1], np.uint8)
+    return gaps_RTK[..., -1].copy()
+
+
+def _first(bad_RT: NDArray[np.bool_], expected_RT: NDArray[Any], decoded_RT: NDArray[Any]) -> Misaligned:
     failures = np.argwhere(bad_RT)
-    if not len(failures):
-        return None
     row, position = (int(i) for i in failures[0])
     expected, decoded = float(expected_RT[row, position]), float(decoded_RT[row, position])
     return Misaligned(row, position, expected, decoded, len(failures), bad_RT.size)

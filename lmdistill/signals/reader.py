@@ -19,7 +19,7 @@ from lmdistill.signals.format import Manifest, ShardEntry, find_folder, load_man
 from lmdistill.signals.integrity import shard_problems
 
 F32 = NDArray[np.float32]
-DECODE_ROWS = 8  # rows decoded at a time: their temporaries stay in the processor's cache
+DECODE_ROWS = 16  # rows decoded at a time: their temporaries stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class SignalsReader:
             )
         self.split, self.verify = split, verify
         self._shards = self.manifest.splits[split].shards
-        self._maps: dict[int, NDArray[Any]] = {}
+        self._maps: dict[int, NDArray[np.uint8]] = {}
         for shard in self._shards:
             self._check_size(shard)
 
@@ -118,16 +118,18 @@ class SignalsReader:
         raw = self._raw(batch.rows[part])
         tokens, ids, logp = batch.tokens_RT[part], batch.ids_RTK[part], batch.logp_RTK[part]
         tokens[...], ids[...] = raw["token"], raw["ids"]
-        same_RTK = raw["ids"][:, :-1] == raw["token"][:, 1:, None]
+        same_RTK = np.zeros(ids.shape, bool)
+        np.equal(raw["ids"][:, :-1], raw["token"][:, 1:, None], out=same_RTK[:, :-1])
         if layout.wide:
             tokens += raw["token_high"].astype(np.int32) << 16
             ids += raw["ids_high"].astype(np.int32) << 16
-            same_RTK &= raw["ids_high"][:, :-1] == raw["token_high"][:, 1:, None]
+            same_RTK[:, :-1] &= raw["ids_high"][:, :-1] == raw["token_high"][:, 1:, None]
         batch.flags_RT[part] = raw["flags"]
         batch.tail_RT[part] = raw["tail"]
         batch.lp_next_RT[part] = raw["lp_next"]
-        layout.companding.decode(raw["top1"], raw["gaps"], logp)
-        self._prove(batch, part, same_RTK, raw["gaps"])
+        gaps_RTK = np.ascontiguousarray(raw["gaps"])
+        layout.companding.decode(raw["top1"], gaps_RTK, logp)
+        self._prove(batch, part, same_RTK, gaps_RTK)
 
     def _prove(self, batch: SignalsBatch, part: slice, same_RTK: NDArray[Any], gaps_RTK: NDArray[Any]) -> None:
         companding = self.manifest.layout.companding
@@ -146,16 +148,18 @@ class SignalsReader:
 
     def _raw(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """The stored rows, copied out of the maps."""
-        raw = np.empty(len(rows), self.manifest.layout.dtype)
-        for place, row in enumerate(rows):
-            index = self._shard_of(int(row))
-            raw[place] = self._map(index)[int(row) - self._shards[index].first_row]
-        return raw
+        dtype = self.manifest.layout.dtype
+        raw = np.empty((len(rows), dtype.itemsize), np.uint8)
+        for place, row in enumerate(rows.tolist()):
+            index = self._shard_of(row)
+            raw[place] = self._map(index)[row - self._shards[index].first_row]
+        return raw.view(dtype)[:, 0]
 
     def _shard_of(self, row: int) -> int:
         return row // self.manifest.shard_rows
 
-    def _map(self, index: int) -> NDArray[Any]:
+    def _map(self, index: int) -> NDArray[np.uint8]:
+        """A shard's bytes, [rows, bytes of a row], checked when it is first asked for."""
         if index not in self._maps:
             shard = self._shards[index]
             problems = shard_problems(self.folder, shard, self.manifest.layout) if self.verify else []
@@ -165,7 +169,8 @@ class SignalsReader:
                     why="; ".join(problems[:4]),
                     fix="delete that shard's files and run the teach stage again: it alone is recomputed",
                 )
-            self._maps[index] = np.memmap(self.folder / shard.file, self.manifest.layout.dtype, mode="r")
+            stored = np.memmap(self.folder / shard.file, np.uint8, mode="r")
+            self._maps[index] = stored.reshape(shard.rows, -1).view(np.ndarray)
         return self._maps[index]
 
     def _check_size(self, shard: ShardEntry) -> None:

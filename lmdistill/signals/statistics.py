@@ -44,11 +44,11 @@ class Statistics:
     ) -> None:
         """Count one batch: what the teacher said (`exact`) against what a reader will decode."""
         real_RT = (flags_RT & PAD) == 0
-        target_RT = (flags_RT & LOSS) != 0
+        target_RT = ((flags_RT & LOSS) != 0) & ~np.isnan(exact.lp_next_BT)  # a row's last position has no next
         head_RT = logsumexp(exact.logp_BTK)
         kl = code_kl(exact.logp_BTK, exact.tail_BT, decoded_RTK, decoded_tail_RT)[real_RT]
         sums_RT = np.exp(logsumexp(decoded_RTK)) + np.exp(decoded_tail_RT.astype(np.float64))
-        next_RT = np.roll(tokens_RT, -1, axis=1)  # the last position wraps, but is never a target
+        next_RT = np.roll(tokens_RT, -1, axis=1)
         among_RT = (exact.ids_BTK == next_RT[..., None]).any(axis=-1)
         self.tokens += int(real_RT.sum())
         self.targets += int(target_RT.sum())

@@ -186,7 +186,7 @@ def check_engine_output(exact: TopK, layout: Layout) -> None:
     """Raise StageError where an engine gives what no teacher can: NaN, unsorted entries, ids outside the vocabulary."""
     ids, logp = exact.ids_BTK, exact.logp_BTK
     finite = np.isfinite(logp).all() and not np.isnan(exact.tail_BT).any()
-    if not finite or np.isnan(exact.lp_next_BT[:, :-1]).any():
+    if not finite or not np.isfinite(exact.lp_next_BT[:, :-1]).all():
         raise StageError(
             "the teacher gave log-probs that are not finite",
             why="its weights or activations overflow in this precision",
