@@ -105,7 +105,8 @@ def _run(plan: Plan) -> None:
         artefacts = run_pipeline(plan, [display])
     except KeyboardInterrupt:
         _fail("stopped; the same command goes on from where it stopped", 130)
-    display.say(f"{len(artefacts)} results in {plan.store.root}")
+    count = sum(step.name in artefacts for step in plan.steps)
+    display.say(f"{count} of {len(plan.steps)} results are in {plan.store.root}")
     report = plan.store.root / "report.html"
     if report.is_file():
         display.say(f"report: {report}")

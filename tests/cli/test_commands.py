@@ -29,8 +29,10 @@ def test_a_cached_run_is_quick_and_imports_nothing_heavy(write: Write, lmdistill
     write()
     assert lmdistill("pipeline", "toy.yaml").returncode == 0
     start = time.monotonic()
-    assert "learn: cached" in lmdistill("pipeline", "toy.yaml").stdout
+    shown = lmdistill("pipeline", "toy.yaml").stdout
     assert time.monotonic() - start <= CACHED_SECONDS
+    assert "learn: cached" in shown
+    assert shown.endswith("4 of 4 results are in runs/toy\n")
     code = (
         "import sys; from lmdistill.cli import app; app(['pipeline', 'toy.yaml'], standalone_mode=False);"
         "print([m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
@@ -194,3 +196,29 @@ def test_a_folder_that_cannot_be_written(write: Write, lmdistill: Run, toys: Pat
     assert done.stderr.startswith("error: ")
     assert "file/run" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_cache_commands_look_into_the_artefact(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from lmdistill.cli import app
+    from lmdistill.errors import IntegrityError
+    from lmdistill.signals import inspect
+
+    asked: list[Path] = []
+
+    def verify(folder: Path, progress: Callable[[int, int], None]) -> list[str]:
+        asked.append(folder)
+        progress(1, 1)
+        return ["train-00000.sig is cut"] if folder.name == "bad" else []
+
+    monkeypatch.setattr(inspect, "verify", verify)
+    monkeypatch.setattr(inspect, "describe", lambda folder: {"k": 32, "rows": 7})
+    (toys / "02-teach" / "out").mkdir(parents=True)
+    run = CliRunner().invoke
+    assert run(app, ["cache", "info", "02-teach"]).output == "k: 32\nrows: 7\n"
+    assert "every shard is what was written" in run(app, ["cache", "verify", "02-teach"]).output
+    assert asked == [Path("02-teach/out")]
+    failed = run(app, ["cache", "verify", "bad"]).exception
+    assert isinstance(failed, IntegrityError)
+    assert failed.what == "train-00000.sig is cut"
