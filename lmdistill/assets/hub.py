@@ -47,6 +47,7 @@ def snapshot(location: Location) -> Path | None:
 def fetch_snapshot(location: Location, progress: Progress) -> Path:
     """Bring a repository's wanted files, or the named one, to this machine; the caller holds the asset's lock."""
     import huggingface_hub
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     source = identity_of(location)
@@ -54,7 +55,7 @@ def fetch_snapshot(location: Location, progress: Progress) -> Path:
     wanted["cache_dir"] = _hub_cache()
     patterns = patterns_for(location)
     try:
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
+        if HF_HUB_OFFLINE:
             folder = Path(
                 huggingface_hub.snapshot_download(
                     **wanted, revision=location.version, allow_patterns=patterns, local_files_only=True
