@@ -164,7 +164,7 @@ def _check_k(k: int, vocabulary: int) -> None:
 
 def _corpus_tokenizer(ctx: PreflightContext[TeachConfig]) -> Path | None:
     """The tokenizer the corpus has or will have, where it is not the teacher's and already on this machine."""
-    from lmdistill.assets.fetching import available
+    from lmdistill.assets import available
 
     corpus = ctx.one("corpus")
     if corpus.artefact is not None:

@@ -79,7 +79,7 @@ class TransformersEngine:
             next_N = tokens.roll(-1, dims=1).flatten()
             parts = [
                 reduce_logits(logits_NV, next_N[start : start + len(logits_NV)], self._options.k)
-                for start, logits_NV in self._logits(tokens, positions)
+                for start, logits_NV in self.logits(tokens, positions)
             ]
             columns = [torch.cat(column) for column in zip(*parts, strict=True)]
             ids, logp, tail, lp_next = self._to_host(columns)
@@ -89,7 +89,12 @@ class TransformersEngine:
             ids.reshape(rows, length, -1), logp.reshape(rows, length, -1), tail.reshape(rows, length), lp_next_BT
         )
 
-    def _logits(self, tokens_BT: Any, positions_BT: Any) -> Any:
+    @property
+    def device(self) -> Any:
+        """Where the model is."""
+        return self._model.device
+
+    def logits(self, tokens_BT: Any, positions_BT: Any) -> Any:
         """Yield (first token, logits [≤ CHUNK, V]) over all N tokens."""
         if not self._plain_head:  # the model scales or caps its logits: let it, a row at a time
             for row in range(len(tokens_BT)):
@@ -113,7 +118,7 @@ class TransformersEngine:
         """Whether the model's logits are its head applied to its last hidden state, with no scale or cap after it."""
         import torch
 
-        tokens = torch.arange(PROBE_TOKENS, device=self._model.device)[None] % self._options.vocab_size
+        tokens = torch.arange(PROBE_TOKENS, device=self.device)[None] % self._options.vocab_size
         expected = self._model(tokens, use_cache=False).logits[0, :, : self._options.vocab_size].float()
         found = self._head(self._hidden(tokens, None)[0]).float()
         tolerance = (1e-2 if self._options.precision == "bfloat16" else 1e-3) * expected.abs().max()
@@ -123,10 +128,10 @@ class TransformersEngine:
         """Whether a document's hidden states are the same, to the last bit, after two different documents."""
         import torch
 
-        ids = torch.arange(3 * PROBE_TOKENS, device=self._model.device) % self._options.vocab_size
+        ids = torch.arange(3 * PROBE_TOKENS, device=self.device) % self._options.vocab_size
         one, other, document = ids.split(PROBE_TOKENS)
         tokens = torch.stack([torch.cat([one, document]), torch.cat([other, document])])
-        positions = torch.arange(PROBE_TOKENS, device=self._model.device).repeat(2, 2)
+        positions = torch.arange(PROBE_TOKENS, device=self.device).repeat(2, 2)
         first, second = self._hidden(tokens, positions)[:, PROBE_TOKENS:]
         return bool(torch.equal(first, second))
 
@@ -134,18 +139,18 @@ class TransformersEngine:
         import torch
 
         tensor = torch.from_numpy(array)
-        if self._model.device.type == "cuda":
-            return tensor.pin_memory().to(self._model.device, non_blocking=True)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
 
     def _to_host(self, tensors: list[Any]) -> list[NDArray[Any]]:
         """Copy results to numpy arrays; from a GPU all at once through pinned memory, with one wait."""
         import torch
 
-        if self._model.device.type != "cuda":
+        if self.device.type != "cuda":
             return [tensor.numpy() for tensor in tensors]
         hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
         for host, tensor in zip(hosts, tensors, strict=True):
             host.copy_(tensor, non_blocking=True)
-        torch.cuda.current_stream(self._model.device).synchronize()
+        torch.cuda.current_stream(self.device).synchronize()
         return [host.numpy() for host in hosts]
