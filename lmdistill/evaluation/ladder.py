@@ -63,7 +63,7 @@ def checkpoint(name: str, role: Role, folder: Path, parent: str | None) -> Subje
 def _is_baseline(model: Artefact) -> bool:
     """Whether a model was trained without the teacher (cross-entropy alone)."""
     record = model.out / "training.json"
-    return record.exists() and json.loads(record.read_text()).get("loss") == "ce"
+    return record.exists() and json.loads(record.read_text())["loss"] == "ce"
 
 
 def _files(deployment: Artefact, parents: dict[str, Subject]) -> list[Subject]:

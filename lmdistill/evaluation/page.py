@@ -39,6 +39,11 @@ def count(value: float | None) -> str:
     return NONE if value is None else f"{value:,.0f}"
 
 
+def rate(value: float | None) -> str:
+    """Tokens a second: three digits are as many as repeat."""
+    return NONE if value is None else f"{value:,.{0 if value >= 100 else 1}f}"
+
+
 def times(value: float | None) -> str:
     """A ratio."""
     return "" if value is None else f"{value:.2f}×"
@@ -93,21 +98,30 @@ def speed_chart(ladder: Sequence[Row]) -> tuple[Any, list[str]]:
     ), families
 
 
-def loss_chart(curves: Sequence[Mapping[str, Any]]) -> tuple[Any, list[str]]:
-    """Every training's loss against tokens seen; the chart and its legend."""
-    series = [Series(one["name"], [(point["tokens"], point["loss"]) for point in one["points"]]) for one in curves]
-    return chart(series, "tokens seen", "training loss, nats", lines=True), [one.name for one in series]
+def loss_chart(curves: Sequence[Mapping[str, Any]]) -> tuple[Any, list[str], bool]:
+    """Every training's curve against tokens seen, the legend, and whether the curves are of one quantity.
+
+    That is the cross-entropy on the training text where each training has logged it, else its own loss.
+    """
+    shared = all("ce" in point for one in curves for point in one["points"])
+    figure = "ce" if shared else "loss"
+    series = [
+        Series(one["name"], [(point["tokens"] / 1e3, point[figure]) for point in one["points"]]) for one in curves
+    ]
+    label = "cross-entropy, nats/token" if shared else "training loss, nats"
+    return chart(series, "tokens seen, thousands", label, lines=True), [one.name for one in series], shared
 
 
 def commands(report: Mapping[str, Any], run_dir: str) -> dict[str, str]:
     """The command that makes each part of the page."""
-    lock = shlex.quote(f"{run_dir}/recipe.lock.yaml")
-    again = f"lmdistill pipeline {lock} --force {shlex.quote(report['evaluate'])}"
+    again = f"lmdistill pipeline {shlex.quote(f'{run_dir}/recipe.lock.yaml')}"
+    if run_dir != f"runs/{report['recipe']}":
+        again += f" --run-dir {shlex.quote(run_dir)}"
     bench = report["benchmark"]
     cache = shlex.quote(f"{run_dir}/{report['signals']['folder']}") if report["signals"] else ""
     return {
-        "run": f"lmdistill pipeline {lock}",
-        "evaluate": again,
+        "run": again,
+        "evaluate": f"{again} --force {shlex.quote(report['evaluate'])}",
         "bench": f"llama-bench -m FILE.gguf -p {bench['prefill']} -n {bench['decode']} -t {bench['threads']}"
         f" -r {bench['repeats']}",
         "cache": f"lmdistill cache info {cache}",
@@ -125,11 +139,11 @@ def render(report: Mapping[str, Any], run_dir: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for function in (number, signed, small, count, size, duration, times):
+    for function in (number, signed, small, count, rate, size, duration, times):
         environment.filters[function.__name__] = function
     ladder = report["ladder"]
     quality_speed, families = speed_chart(ladder)
-    losses, trainings = loss_chart(report["curves"])
+    losses, trainings, comparable = loss_chart(report["curves"])
     others = {row["name"]: counterpart(row, ladder) for row in ladder}
     spent = sum(stage["seconds"] or 0 for stage in report["stages"])
     return environment.get_template("report.html.jinja").render(
@@ -141,6 +155,7 @@ def render(report: Mapping[str, Any], run_dir: str) -> str:
         families=families,
         losses=losses,
         trainings=trainings,
+        comparable=comparable,
         colours=COLOURS,
         commands=commands(report, run_dir),
         seconds=spent,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmdistill.errors import StageError
 from lmdistill.evaluation.heldout import HeldOut
 from lmdistill.evaluation.ladder import TEACHER, Subject
 from lmdistill.evaluation.references import Reference, ReferenceWriter
@@ -50,7 +52,7 @@ def _score_one(run: QualityRun, subject: Subject, done: int, keep: bool) -> RowS
     model = runtime_class(subject.runtime).open(subject.path, run.options, exact=True)
     try:
         with writer as kept:
-            return score(
+            rows = score(
                 model,
                 run.heldout,
                 teacher=teacher,
@@ -60,6 +62,14 @@ def _score_one(run: QualityRun, subject: Subject, done: int, keep: bool) -> RowS
             )
     finally:
         model.close()
+    for measure, sums_R in rows.sums.items():
+        if not all(map(math.isfinite, sums_R)):
+            raise StageError(
+                f"'{subject.name}' has no finite {measure} on the held-out text",
+                why="its weights or logits hold infinities or NaN",
+                fix="look at the loss curve of the stage that made it; a lower learning rate often helps",
+            )
+    return rows
 
 
 def score_all(run: QualityRun) -> dict[str, RowSums]:

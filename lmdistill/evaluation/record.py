@@ -16,6 +16,7 @@ from lmdistill.pipeline.stage import Artefact
 FORMAT_VERSION = 1
 FILE = "evaluation.json"
 MAX_POINTS = 400  # of a loss curve: more cannot be seen
+CURVE_KEYS = ("step", "tokens", "loss", "ce")
 TIMED = ("prefill_tps", "decode_tps")
 DISTRIBUTIONS = ("lmdistill", "torch", "transformers", "llama-cpp-python", "gguf", "numpy", "tokenizers")
 
@@ -36,7 +37,7 @@ def curves(models: Sequence[Artefact]) -> list[dict[str, Any]]:
     for model in models:
         record = model.out / "training.json"
         log = json.loads(record.read_text()).get("log", []) if record.exists() else []
-        points = [{key: entry[key] for key in ("step", "tokens", "loss")} for entry in log if "loss" in entry]
+        points = [{key: entry[key] for key in CURVE_KEYS if key in entry} for entry in log if "loss" in entry]
         stride = -(-len(points) // MAX_POINTS) or 1
         if points:
             thinned = points[::stride] if points[-1] in points[::stride] else [*points[::stride], points[-1]]

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lmdistill.errors import LmdistillError, PreflightError, nearest
 from lmdistill.evaluation.gates import COMPARED, SPEED, Gate
 from lmdistill.evaluation.suites import load_suite
-from lmdistill.pipeline.stage import Estimate, Input, PreflightContext, Stage, StageConfig, StageContext
+from lmdistill.pipeline.stage import Estimate, Input, ModelRef, PreflightContext, Stage, StageConfig, StageContext
 
 TEACHER = "teacher"
+LOGIT_COPIES = 3  # of a sequence in memory at once: the model's, its log-probabilities, the predictions that count
 REFERENCES = 2  # on disk at once: the teacher's and one parent's
 
 
@@ -85,7 +86,12 @@ class EvaluateStage(Stage[EvaluateConfig]):
         seconds = rows * ctx.config.tokens / 400
         if "speed" in ctx.config.metrics:
             seconds += files * (speed.repeats + 1) * (speed.prefill / 600 + speed.decode / 80)
-        return Estimate(seconds, _reference_bytes(ctx), note=f"{rows} rows of the ladder; time for a 0.1 B model")
+        return Estimate(
+            seconds,
+            _reference_bytes(ctx),
+            _memory_bytes(ctx),
+            note=f"{rows} rows of the ladder; time for a 0.1 B model",
+        )
 
     def run(self, ctx: StageContext[EvaluateConfig]) -> dict[str, Any]:
         """Score, then time, then write evaluation.json; the metrics are the deterministic half."""
@@ -146,8 +152,21 @@ def _reference_bytes(ctx: PreflightContext[EvaluateConfig]) -> int | None:
         return None
     from lmdistill.evaluation.references import reference_bytes
 
-    vocab_size = int(json.loads((ctx.teacher.path / "config.json").read_text())["vocab_size"])
-    return REFERENCES * reference_bytes(ctx.config.tokens, vocab_size)
+    return REFERENCES * reference_bytes(ctx.config.tokens, _vocabulary(ctx.teacher))
+
+
+def _vocabulary(teacher: ModelRef) -> int:
+    return int(json.loads((teacher.path / "config.json").read_text())["vocab_size"])
+
+
+def _memory_bytes(ctx: PreflightContext[EvaluateConfig]) -> int | None:
+    """The teacher's weights and three copies of a sequence's logits; None while either is not known."""
+    corpus = ctx.ancestor("corpus")
+    length = getattr(corpus.config, "sequence_length", None) if corpus else None
+    if length is None or ctx.teacher is None or not (ctx.teacher.path / "config.json").exists():
+        return None
+    weights = sum(file.stat().st_size for file in ctx.teacher.path.glob("*.safetensors"))
+    return weights + LOGIT_COPIES * 4 * int(length) * _vocabulary(ctx.teacher)
 
 
 def _little_disk(ctx: PreflightContext[EvaluateConfig]) -> Iterable[LmdistillError]:
