@@ -1,0 +1,1 @@
+"""Engines that score tokens; teachers brought in from GGUF."""
