@@ -53,7 +53,8 @@ class CorpusConfig(StageConfig):
         "(exact for attention, a short convolution of kernel k sees k-1 tokens back); single: one document each",
     )
     separator: str = Field(
-        default="eos", description="token between texts: eos (after each), bos (before each), none, or a token"
+        default="eos",
+        description="between texts: eos or a token (after each), bos (before each), none; conversations need none",
     )
     assistant_only: bool = Field(
         default=True, description="in conversations only the assistant's turns are targets; false: every token"

@@ -1,7 +1,7 @@
 """Records to token ids, which of them are targets, and the keys for deduplication and splitting, in parallel.
 
 Text is tokenised with special tokens in it read as plain text, so that no document can forge one; conversations are
-rendered by the chat template first, whose special tokens count.
+rendered by the chat template first, whose special tokens count, and end as it ends them: no separator follows.
 """
 
 from __future__ import annotations

@@ -3,6 +3,13 @@
 - concat, isolate: documents follow each other and go on in the next row; only the split's last row is padded.
 - single: one piece of one document a row, padded at its end; what is longer than a row goes on in further rows.
 
+What leaks from one document into the next of a row:
+- concat: everything before it.
+- isolate, where the trainer resets positions and attention at DOC_START: nothing in attention models. A short
+  convolution of kernel k lets k - 1 tokens through, and n of them one after the other n(k - 1); attention after a
+  convolution carries that on to all later tokens of the document.
+- single: nothing, in any causal model.
+
 Axes: R rows, T tokens in a row, V vocabulary, N tokens of all documents.
 """
 

