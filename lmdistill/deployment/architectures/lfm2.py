@@ -42,14 +42,15 @@ class Lfm2(Architecture):
         return width
 
     def refusals(self) -> list[str]:
-        """Biases on the convolutions, layers of another kind, heads that do not fill the hidden size."""
+        """Biases on the convolutions, layers of another kind or of one kind only, heads that do not fill the hidden size."""
         found = super().refusals()
         if self.config.get("conv_bias"):
             found.append("conv_bias is on, which llama.cpp's lfm2 does not read")
         if strange := sorted(set(self.layer_types) - {"conv", "full_attention"}):
             found.append(f"layer types {strange} are neither conv nor full_attention")
-        if "full_attention" not in self.layer_types:
-            found.append("no layer is full_attention")
+        for kind in ("full_attention", "conv"):
+            if kind not in self.layer_types:  # llama.cpp aborts on such a file
+                found.append(f"no layer is {kind}, and llama.cpp's lfm2 needs one of each kind")
         if self.head_dim * self.config["num_attention_heads"] != self.config["hidden_size"]:
             found.append("the attention heads together are not as wide as hidden_size")
         return found
