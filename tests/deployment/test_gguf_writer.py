@@ -123,7 +123,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(toy: Any, tmp_path: Path
     folder = Path(shutil.copytree(toy("llama"), tmp_path / "model"))
     config = read_config(folder) | {"num_hidden_layers": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(IntegrityError, match="model.layers.3.input_layernorm.weight is missing"):
+    with pytest.raises(IntegrityError, match=r"model\.layers\.3\.input_layernorm\.weight is missing"):
         write_gguf(folder, tmp_path / "x.gguf", "f32", name="toy", parent="0" * 64)
 
 

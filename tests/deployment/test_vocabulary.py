@@ -78,7 +78,7 @@ def test_another_template_is_found_out(gguf: tuple[Path, Path], tmp_path: Path) 
     template.write_text(template.read_text().replace("assistant\n", "assistant: \n"))
     conversations = golden_conversations(6)
     assert differing_renderings(load_tokenizer(folder), gguf[1], conversations) == 6  # those with a prompt
-    with pytest.raises(IntegrityError, match="the chat template in toy.gguf is not the checkpoint's"):
+    with pytest.raises(IntegrityError, match=r"the chat template in toy\.gguf is not the checkpoint's"):
         prove_tokenizer(folder, gguf[1], conversations=6, corpus=None)
 
 
