@@ -23,6 +23,7 @@ from lmdistill.evaluation.heldout import chosen_rows, read_heldout
 from lmdistill.evaluation.ladder import assemble
 from lmdistill.evaluation.runtimes import RuntimeOptions, runtime_class
 from lmdistill.evaluation.scorer import score, summarise
+from lmdistill.pipeline.stage import Artefact
 from lmdistill.stages.evaluate import EvaluateStage
 
 Measured = tuple[dict[str, Any], dict[str, Any]]  # the stage's metrics, evaluation.json
@@ -131,6 +132,22 @@ def test_quality_is_the_same_on_every_run(world: World, measured: Measured, conf
     assert {row["kl_to_teacher"] for row in plain["quality"]["ladder"]} == {None}
     assert [row["nll"] for row in plain["quality"]["ladder"]] == [row["nll"] for row in record["quality"]["ladder"]]
     assert not list((world.root / "plain" / "work").rglob("*.ref"))
+
+
+def test_the_cache_and_the_scorer_tell_the_same_loss(world: World, config: Callable[..., Any]) -> None:
+    """The teacher's NLL in the cache of a split equals the ladder's on the same split: same positions, same shift."""
+    from lmdistill.stages.teach import TeachConfig, TeachStage
+
+    teach = world.context(TeachConfig(k=8, splits=("valid",)), "06-teach-123")
+    TeachStage().run(teach)
+    ctx = world.context(config(metrics=[]), "with-cache")
+    cache = Artefact("teach", "teach", "signals", "digest-of-teach", teach.out.parent)
+    ctx.inputs = {**ctx.inputs, "signals": [cache]}
+    EvaluateStage().run(ctx)
+    record = json.loads((ctx.out / "evaluation.json").read_text())
+    assert record["signals"]["teacher_nll"] == pytest.approx(record["quality"]["ladder"][0]["nll"], abs=1e-4)
+    assert record["signals"]["k"] == 8 and record["signals"]["folder"] == "06-teach-123"
+    assert 0 < record["signals"]["head_mass"] < 1
 
 
 def test_checkpoints_are_timed_where_asked(world: World, config: Callable[..., Any]) -> None:

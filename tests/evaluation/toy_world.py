@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lmdistill.checkpoints import copy_tokenizer
 from lmdistill.corpus.format import DOC_START, LOSS, PAD, CorpusMeta, SplitMeta, token_dtype, tokens_digest
 from lmdistill.pipeline.stage import Artefact, ModelRef, Runtime, StageContext
 
@@ -132,6 +133,7 @@ def build_world(root: Path) -> World:
     ]
     corpus = Artefact("corpus", "corpus", "corpus", "digest-of-corpus", root / "01-corpus")
     save_corpus(corpus.out)
+    copy_tokenizer(teacher.path, corpus.out / "tokenizer")
     deployments = []
     for name, parent, formats in (("teacher_files", teacher, ("f16",)), ("export", models[1].model(), ("f32", "f16"))):
         path = root / f"05-{name}"
