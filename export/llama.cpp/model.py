@@ -1,0 +1,137 @@
+"""What chat.py and serve.py share: presets, and a GGUF opened with the chat template that is embedded in it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lmdistill.deployment.llama_cpp_runtime import default_threads, llama_library
+from lmdistill.deployment.template_parity import embedded_formatter
+from lmdistill.errors import LmdistillError, nearest
+
+PRESETS = Path(__file__).parent / "presets"
+Message = dict[str, str]
+
+
+class Preset(BaseModel):
+    """Keys of a preset: all must be there, others are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    context: int = Field(ge=16)
+    threads: int | None = Field(ge=1)
+    batch: int = Field(ge=1)
+    max_tokens: int = Field(ge=1)
+    system: str | None
+    temperature: float = Field(ge=0)
+    top_k: int = Field(ge=0)
+    top_p: float = Field(gt=0, le=1)
+    min_p: float = Field(ge=0, le=1)
+    repeat_penalty: float = Field(gt=0)
+    seed: int | None
+
+    def sampling(self) -> dict[str, Any]:
+        """The keys that decide an answer, as llama-cpp-python names them."""
+        names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+def load_preset(name: str) -> Preset:
+    """A preset by name or by path (`.yaml`); raises LmdistillError that says what is wrong with it."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    known = {path.stem: path for path in PRESETS.glob("*.yaml")}
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        raise LmdistillError(f"no preset '{name}'{nearest(name, known)}", fix=f"there are {', '.join(sorted(known))}")
+    try:
+        return Preset.model_validate(YAML(typ="safe").load(path.read_text("utf-8")))
+    except YAMLError as error:
+        raise LmdistillError(f"{path} is not YAML", why=str(error)) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        why = f"{first['msg']}{nearest(key, Preset.model_fields) if first['type'] == 'extra_forbidden' else ''}"
+        raise LmdistillError(f"{path}: {key}", why=why) from error
+
+
+class ChatModel:
+    """A GGUF that answers conversations; raises LmdistillError where it cannot."""
+
+    def __init__(self, path: Path, preset: Preset) -> None:
+        if not path.is_file():
+            raise LmdistillError(f"no such file: {path}")
+        llama_cpp = llama_library()
+        self.path, self.preset = path, preset
+        self._formatter = embedded_formatter(path, add_generation_prompt=True)
+        if self._formatter is None:
+            raise LmdistillError(f"{path} has no chat template", fix="export a model whose tokenizer has one")
+        self._llama = llama_cpp.Llama(
+            str(path),
+            n_ctx=preset.context,
+            n_batch=min(preset.batch, preset.context),
+            n_threads=preset.threads or default_threads(),
+            n_threads_batch=preset.threads or default_threads(),
+            chat_format="chat_template.default",  # the file's own; the default is to guess a similar one by name
+            verbose=False,
+        )
+        trained = llama_cpp.llama_model_n_ctx_train(self._llama.model)
+        if preset.context > trained:
+            raise LmdistillError(f"context {preset.context} is longer than the {trained} tokens this model knows")
+
+    def messages(self, messages: list[Message]) -> list[Message]:
+        """The conversation with the preset's system prompt in front, where it has none of its own."""
+        if self.preset.system and messages[0]["role"] != "system":
+            return [{"role": "system", "content": self.preset.system}, *messages]
+        return messages
+
+    def count(self, messages: list[Message]) -> int:
+        """Tokens of the rendered conversation; raises LmdistillError where no room for an answer is left."""
+        prompt = self._formatter(messages=messages).prompt
+        tokens = len(self._llama.tokenize(prompt.encode("utf-8"), add_bos=False, special=True))
+        if tokens >= self.preset.context:
+            raise LmdistillError(
+                f"the conversation has {tokens} tokens, the context {self.preset.context}",
+                fix="begin a new one, or raise `context` in the preset",
+            )
+        return tokens
+
+    def complete(self, messages: list[Message], **keys: Any) -> Any:
+        """llama-cpp-python's chat completion (OpenAI's format), with the preset's sampling under `keys`."""
+        messages = self.messages(messages)
+        self.count(messages)
+        return self._llama.create_chat_completion(messages=messages, **(self.preset.sampling() | keys))
+
+    def stream(self, messages: list[Message]) -> Iterator[str]:
+        """An answer, piece by piece."""
+        for chunk in self.complete(messages, stream=True):
+            yield chunk["choices"][0]["delta"].get("content") or ""
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that chat.py and serve.py have in common."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("gguf", type=Path, help="the model file, such as runs/lfm_small/…/out/export-Q4_0.gguf")
+    made.add_argument("--preset", default="laptop", help="a file in presets/ by name, or the path of a .yaml file")
+    return made
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; what the user can mend is one message and exit status 2."""
+    try:
+        main()
+    except LmdistillError as error:
+        sys.exit(_fail(error.render()))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2
