@@ -71,7 +71,7 @@ def known_format(name: str) -> str:
     """The format's name in lower case; raises ValueError with the nearest name where there is none."""
     lower = name.lower()
     if lower not in FORMATS:
-        raise ValueError(f"no GGUF format '{name}'{nearest(lower, FORMATS)} There are {', '.join(FORMATS)}")
+        raise ValueError(f"no GGUF format '{name}' (there are {', '.join(FORMATS)}){nearest(lower, FORMATS)}")
     return lower
 
 

@@ -73,7 +73,7 @@ class ExportStage(Stage[ExportConfig]):
 
     def estimate(self, ctx: PreflightContext[ExportConfig]) -> Estimate:
         """Disk for the files, their 32-bit base and the reference; says which formats will not be what they say."""
-        config = _model_config(ctx) or _config_of(ctx.teacher.path if ctx.teacher else None)
+        config = _model_config(ctx)
         if config is None:
             return Estimate()
         from lmdistill.deployment.architectures import architecture_of
@@ -86,7 +86,7 @@ class ExportStage(Stage[ExportConfig]):
         formats = [FORMATS[name] for name in ctx.config.formats]
         weights = weight_count(architecture)
         reference = 4 * ctx.config.parity_tokens * architecture.vocab_size
-        disk = int(sum(format_.bits for format_ in (*formats, FORMATS["f32"])) / 8 * weights) + reference
+        disk = int(sum(format_.bits for format_ in {*formats, FORMATS["f32"]}) / 8 * weights) + reference
         tokens = ctx.config.parity_tokens * (len(formats) + 1)
         shares = {format_.suffix: fallback_share(format_, architecture) for format_ in formats}
         wide = [f"{name} {share:.0%}" for name, share in shares.items() if share > NOTED_SHARE]
@@ -133,28 +133,29 @@ def _config_of(folder: Path | None) -> dict[str, Any] | None:
 
 
 def _model_config(ctx: PreflightContext[ExportConfig]) -> dict[str, Any] | None:
-    """config.json of the model to export, where it is already there."""
-    planned = ctx.one("model")
+    """config.json of the model to export, where it is there or the recipe tells what it will be."""
+    planned, teacher = ctx.one("model"), _config_of(ctx.teacher.path if ctx.teacher else None)
     if planned.artefact is not None:
         return _config_of(planned.artefact.model().path)
-    is_teacher = planned.stage == "teacher"
-    return _config_of(ctx.teacher.path) if is_teacher and ctx.teacher is not None else None
+    if planned.stage == "teacher" or teacher is None:
+        return teacher
+    student = planned if planned.stage == "student" else ctx.ancestor("student")
+    if student is None:
+        return None
+    from lmdistill.deployment.planned import planned_config
+
+    return planned_config(student.config.model_dump(), teacher)
 
 
 def _checks(ctx: PreflightContext[ExportConfig]) -> Iterator[Any]:
     """What can be tried before anything runs; each raises where the export would fail."""
-    from lmdistill.deployment.architectures import architecture_of, check_model_type
+    from lmdistill.deployment.architectures import architecture_of
     from lmdistill.deployment.llama_cpp_runtime import llama_library
     from lmdistill.deployment.vocabulary import check_tokenizer
 
     yield llama_library
-    config = _model_config(ctx)
-    student = ctx.ancestor("student")
-    planned_type = getattr(student.config, "architecture", None) if student else None
-    if config is not None:
+    if (config := _model_config(ctx)) is not None:
         yield lambda: architecture_of(config)
-    elif planned_type is not None:
-        yield lambda: check_model_type(str(planned_type))
     if ctx.teacher is not None and (ctx.teacher.path / "tokenizer.json").is_file():
         folder = ctx.teacher.path
         yield lambda: check_tokenizer(folder)

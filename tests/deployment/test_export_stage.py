@@ -198,28 +198,55 @@ def preflight(model: Planned, teacher: Path, tmp_path: Path) -> tuple[list[str],
 
 
 class StudentConfig(StageConfig):
+    """The keys of a student stage that the export's preflight reads."""
+
+    init: str = "grow"
     architecture: str = "lfm2"
+    layers: int = 3
+    attention_layers: int = 1
+    kernel: int = 3
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
 
 
 def test_preflight_lets_pass_what_can_be_written(toy: Any, parent: Artefact, tmp_path: Path) -> None:
-    for model in (planned(parent), planned(None), planned(None, StudentConfig())):
-        problems, note = preflight(model, toy("llama"), tmp_path)
-        assert problems == []
-        assert "Q4_K_M 100%" in note  # widths of 64
+    """A model that is there and a planned one of the same shape get the same notes."""
+    notes = [preflight(planned(*model), toy("llama"), tmp_path) for model in ((parent,), (None, StudentConfig()))]
+    assert notes[0] == notes[1]
+    assert notes[0][0] == []
+    assert "Q4_K_M 100%" in notes[0][1]  # widths of 64
+    wide = StudentConfig(init="random", hidden_size=256, intermediate_size=512)
+    assert preflight(planned(None, wide), toy("llama"), tmp_path) == ([], "")
+    assert preflight(planned(None), toy("llama"), tmp_path) == ([], "")  # nothing is known
 
 
-def test_preflight_refuses_before_training(toy: Any, tmp_path: Path) -> None:
-    """An architecture without a writer and a tokenizer without a name, both at once."""
+def test_planned_keys_are_those_of_the_student_stage() -> None:
+    from lmdistill.stages.student import StudentConfig as Real
+
+    assert set(StudentConfig.model_fields) <= set(Real.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"architecture": "lfm3"}, "'lfm3'; did you mean 'lfm2'?"),
+        ({"attention_layers": 3}, "no layer is conv"),
+        ({"attention_layers": 0}, "no layer is full_attention"),
+    ],
+)
+def test_preflight_refuses_before_training(keys: dict[str, Any], reason: str, toy: Any, tmp_path: Path) -> None:
+    """A student without a writer and a tokenizer without a name, both at once."""
     import shutil
 
     teacher = Path(shutil.copytree(toy("llama"), tmp_path / "teacher"))
-    (teacher / "tokenizer.gguf.json").unlink(missing_ok=True)
     content = json.loads((teacher / "tokenizer.json").read_text())
     content["model"]["type"] = "WordPiece"
     (teacher / "tokenizer.json").write_text(json.dumps(content))
-    problems, _ = preflight(planned(None, StudentConfig(architecture="lfm3")), teacher, tmp_path)
+    problems, _ = preflight(planned(None, StudentConfig(**keys)), teacher, tmp_path)
     assert len(problems) == 2
-    assert "'lfm3'; did you mean 'lfm2'?" in problems[0]
+    assert reason in problems[0]
     assert "its model is WordPiece" in problems[1]
 
 

@@ -42,7 +42,7 @@ class Lfm2(Architecture):
         return width
 
     def refusals(self) -> list[str]:
-        """Biases on the convolutions, layers of another kind or of one kind only, heads that do not fill the hidden size."""
+        """Biased convolutions, layers of another or of one kind only, heads that do not fill the hidden size."""
         found = super().refusals()
         if self.config.get("conv_bias"):
             found.append("conv_bias is on, which llama.cpp's lfm2 does not read")
