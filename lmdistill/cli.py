@@ -108,7 +108,7 @@ def _run(plan: Plan) -> None:
     count = sum(step.name in artefacts for step in plan.steps)
     display.say(f"{count} of {len(plan.steps)} results are in {plan.store.root}")
     report = plan.store.root / "report.html"
-    if report.is_file():
+    if report.is_file() and any(artefact.kind == "report" for artefact in artefacts.values()):
         display.say(f"report: {report}")
 
 

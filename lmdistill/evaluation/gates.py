@@ -1,4 +1,4 @@
-"""Quality gates: promises about the ladder that fail the run when they are not kept.
+"""Quality gates: promises about the ladder; a run whose report breaks one ends as a failure, report and all.
 
     gates:
       - {of: distill, metric: nll, at_most: {of: ce}}                              # another row's same metric
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -151,23 +152,21 @@ def check(gates: Sequence[Gate], ladder: Sequence[Mapping[str, Any]]) -> list[Ga
     return results
 
 
-def demand(results: Sequence[GateResult]) -> None:
-    """Raise StageError with the table of all gates where one was not kept."""
-    failed = [result for result in results if not result.passed]
+def demand(failed: Sequence[GateResult], page: Path) -> None:
+    """Raise StageError that lists the gates that were not kept; `page` is where the whole report is."""
     if not failed:
         return
 
     def shown(value: float | None) -> str:
         return "not measured" if value is None else f"{value:.6g}"
 
-    width = max(len(result.gate) for result in results)
+    width = max(len(result.gate) for result in failed)
     table = "\n".join(
-        f"    {'kept  ' if result.passed else 'BROKEN'}  {result.gate:<{width}}  "
-        f"measured {shown(result.measured)}, limit {shown(result.limit)}"
-        for result in results
+        f"    {result.gate:<{width}}  measured {shown(result.measured)}, limit {shown(result.limit)}"
+        for result in failed
     )
     raise StageError(
-        f"{len(failed)} of {len(results)} quality gates failed",
+        f"{len(failed)} quality gate{'s' if len(failed) > 1 else ''} of the recipe failed",
         why=f"measured on the held-out text and on this machine\n{table}",
-        fix="train longer or change the student; or change `gates` if the promise was wrong",
+        fix=f"read {page}; train longer or change the student, or change `gates` if the promise was wrong",
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmdistill.evaluation.gates import GateResult
 from lmdistill.evaluation.record import FILE, measured_ladder
 from lmdistill.pipeline.files import write_json, write_text
 
@@ -14,15 +15,10 @@ SPREADS = ("prefill_tps", "decode_tps")
 STAGE_KEYS = ("name", "fingerprint", "seconds", "tokens", "cached")
 
 
-def find_evaluation(run_dir: Path, stages: Sequence[Mapping[str, Any]]) -> Path | None:
-    """evaluation.json of the run's last evaluate stage, else the newest in the folder; None where there is none."""
-    for stage in reversed(stages):
-        fingerprint = str(stage.get("fingerprint") or "")[:12]
-        found = sorted(run_dir.glob(f"[0-9]*-{fingerprint}/out/{FILE}")) if fingerprint else []
-        if found:
-            return found[0]
-    newest = sorted(run_dir.glob(f"[0-9]*/out/{FILE}"), key=lambda path: path.stat().st_mtime_ns)
-    return newest[-1] if newest else None
+def find_evaluations(run_dir: Path, stages: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """evaluation.json of every evaluate stage among `stages`, in order; no other run's."""
+    names = [f"[0-9]*-{stage['fingerprint'][:12]}/out/{FILE}" for stage in stages]
+    return [path for name in names for path in run_dir.glob(name)]
 
 
 def build(name: str, evaluation: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -47,16 +43,19 @@ def build(name: str, evaluation: Mapping[str, Any], stages: Sequence[Mapping[str
     }
 
 
-def refresh(run_dir: Path, stages: Sequence[Mapping[str, Any]]) -> None:
-    """Write report.json and report.html at the top of `run_dir`; nothing where no evaluate stage has finished.
+def refresh(run_dir: Path, stages: Sequence[Mapping[str, Any]]) -> list[GateResult]:
+    """Write report.json and report.html at the top of `run_dir`; nothing where `stages` has no finished evaluate.
 
-    `stages`: name, fingerprint, seconds, tokens and cached of every stage of this run, in order.
+    `stages`: name, fingerprint, seconds, tokens and cached of every stage of this run that has a result, in order.
+    The page shows the last evaluate stage; returned are the broken gates of all of them.
     """
-    found = find_evaluation(run_dir, stages)
-    if found is None:
-        return
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in find_evaluations(run_dir, stages)]
+    if not found:
+        return []
     from lmdistill.evaluation.page import render
 
-    report = build(run_dir.resolve().name, json.loads(found.read_text(encoding="utf-8")), stages)
+    report = build(run_dir.resolve().name, found[-1], stages)
     write_json(run_dir / "report.json", report)
     write_text(run_dir / "report.html", render(report, str(run_dir)))
+    results = [GateResult(**gate) for evaluation in found for gate in evaluation["gates"]]
+    return [result for result in results if not result.passed]

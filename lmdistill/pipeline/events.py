@@ -1,8 +1,8 @@
 """What happens in a run, as a stream of events: kept in events.jsonl and shown on the terminal.
 
 Events: run_started, fetch_started, fetch_finished, stage_cached, stage_started, progress, note, stage_finished,
-stage_failed, run_finished, run_interrupted. Each line has `time` (UTC, ISO 8601) and `event`; those about a stage
-have `stage`.
+stage_failed, run_finished, gates_failed, run_interrupted. Each line has `time` (UTC, ISO 8601) and `event`; those about
+a stage have `stage`.
 """
 
 from __future__ import annotations

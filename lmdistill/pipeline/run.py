@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
@@ -27,7 +28,8 @@ def run_pipeline(plan: Plan, sinks: Sequence[Sink] = ()) -> dict[str, Artefact]:
     """Bring every selected stage's artefact about; returns them by name.
 
     Raises LockedError where another pipeline works in the run folder, PreflightError before anything has started,
-    IntegrityError where an input is not what was written, StageError or the stage's own error where one fails.
+    IntegrityError where an input is not what was written, StageError or the stage's own error where one fails,
+    StageError after everything is done where the report breaks a gate of the recipe.
     """
     with run_lock(plan.store.root):
         # planned again under the lock: another pipeline may have finished since
@@ -50,6 +52,7 @@ class Runner:
         self.plan, self.events, self.root = plan, events, plan.store.root
         self.artefacts: dict[str, Artefact] = {}
         self.trusted: set[Path] = set()  # folders whose every byte was checked or written by this run
+        self.made: set[Path] = set()  # folders that this run has made
         self.teacher: ModelRef | None = None
 
     def run(self) -> dict[str, Artefact]:
@@ -67,6 +70,7 @@ class Runner:
         for step in self.plan.steps:
             self._step(step)
         self.events.emit("run_finished", seconds=round(time.monotonic() - started, 3), ran=names)
+        self._report()
         return self.artefacts
 
     def _prepare(self) -> None:
@@ -126,8 +130,6 @@ class Runner:
         else:
             self.events.emit("stage_cached", **place, fingerprint=step.planned.fingerprint, folder=there.path.name)
         self.artefacts[step.name] = there
-        if there.kind == "report":
-            self._show_report(there)
 
     def _make_again(self, step: Step, old: Artefact, place: Json) -> None:
         """Make a finished artefact anew, and say if it is not the same: then the stage is not deterministic."""
@@ -141,8 +143,6 @@ class Runner:
             )
             self.events.emit("note", stage=step.name, text=text)
         shutil.rmtree(aside)
-        if new.kind == "report":
-            self._show_report(new)
 
     def _make(self, step: Step, place: Json) -> Artefact:
         """Run one stage into its partial folder and publish that."""
@@ -157,6 +157,7 @@ class Runner:
             result = {"metrics": metrics, "resumed": resumed}
             final = store.publish(folder, step.number, step.name, result, time.monotonic() - started)
         self.trusted.add(final)
+        self.made.add(final)
         seconds = round(time.monotonic() - started, 3)
         self.events.emit("stage_finished", stage=step.name, seconds=seconds, folder=final.name)
         return Artefact(step.name, stage.name, stage.output, step.planned.fingerprint, final)
@@ -193,10 +194,24 @@ class Runner:
 
         return pass_on
 
-    def _show_report(self, report: Artefact) -> None:
-        """Copy the report's files to the top of the run folder."""
-        for file in report.out.iterdir():
-            if file.is_file():
-                copy = self.root / f".{file.name}.tmp"
-                shutil.copyfile(file, copy)
-                copy.replace(self.root / file.name)
+    def _report(self) -> None:
+        """Draw the report anew, cached stages included; StageError where it breaks a promise of the recipe."""
+        from lmdistill.evaluation import gates, report
+
+        finished = [step for step in self.plan.steps if step.name in self.artefacts]
+        failed = report.refresh(self.root, [self._row(step) for step in finished])
+        if failed:
+            self.events.emit("gates_failed", gates=[result.gate for result in failed])
+        gates.demand(failed, self.root / "report.html")
+
+    def _row(self, step: Step) -> Json:
+        """A stage as the report lists it; what it cost was written down when it was made."""
+        folder = self.artefacts[step.name].path
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return {
+            "name": step.name,
+            "fingerprint": step.planned.fingerprint,
+            "seconds": run["seconds"],
+            "tokens": run.get("tokens"),
+            "cached": folder not in self.made,
+        }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,18 +95,22 @@ def test_what_was_not_measured_keeps_no_promise(keys: dict[str, Any]) -> None:
     assert not result.passed
 
 
-def test_failing_gates_raise_with_the_whole_table() -> None:
+def test_failing_gates_raise_and_are_listed() -> None:
     gates = [
         gate(of="distill", metric="nll", at_most={"of": "ce"}),
         gate(of="distill", metric="nll", at_most={"of": "teacher", "plus": 0.1}),
+        gate(of="gone", metric="nll", at_most=1),
     ]
+    results = check(gates, LADDER)
     with pytest.raises(StageError) as caught:
-        demand(check(gates, LADDER))
+        demand([result for result in results if not result.passed], Path("runs/x/report.html"))
     text = str(caught.value)
-    assert "1 of 2 quality gates failed" in text
-    assert "kept    distill nll ≤ ce nll" in text
-    assert "BROKEN  distill nll ≤ teacher nll + 0.1" in text and "measured 4.4, limit 3.9" in text
-    demand(check(gates[:1], LADDER))  # all kept: says nothing
+    assert "2 quality gates of the recipe failed" in text
+    assert "ce nll" not in text
+    assert "distill nll ≤ teacher nll + 0.1  measured 4.4, limit 3.9" in text
+    assert "gone nll ≤ 1                     measured not measured, limit 1" in text
+    assert "read runs/x/report.html" in text
+    demand([], Path("page"))  # all kept: says nothing
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmdistill.evaluation.charts import Series, chart, ticks
-from lmdistill.evaluation.report import find_evaluation, refresh
+from lmdistill.evaluation.report import find_evaluations, refresh
 
 LADDER_KEYS = (
     "name role runtime format params file_bytes nll bits_per_byte kl_to_teacher kl_to_parent top1_to_parent"
@@ -113,22 +113,32 @@ def test_report_json_has_exactly_the_promised_figures(tmp_path: Path) -> None:
 
 
 def test_the_report_is_that_of_this_run(tmp_path: Path) -> None:
-    """With two evaluations in the folder, the stages' fingerprints choose; else the newest; else there is none."""
-    assert find_evaluation(tmp_path, STAGES) is None
-    refresh(tmp_path, STAGES)
+    """The stages' fingerprints choose; another run's evaluation is never shown with this run's stages."""
+    write_run(tmp_path, evaluation("other"), "9" * 12)
+    assert find_evaluations(tmp_path, STAGES) == []
+    assert refresh(tmp_path, STAGES) == []
     assert not (tmp_path / "report.json").exists()
-    write_run(tmp_path, evaluation("older"))
-    write_run(tmp_path, evaluation("newer"), "9" * 12)
+    write_run(tmp_path, evaluation("mine"))
     refresh(tmp_path, STAGES)
-    assert "older" in (tmp_path / "report.html").read_text()
-    refresh(tmp_path, STAGES[:1])
-    assert "newer" in (tmp_path / "report.html").read_text()
+    assert "mine" in (tmp_path / "report.html").read_text()
+    assert refresh(tmp_path, STAGES[:1]) == []
+    assert "mine" in (tmp_path / "report.html").read_text()
+
+
+def test_broken_gates_of_every_evaluation_come_back(tmp_path: Path) -> None:
+    contents = evaluation()
+    kept, broken = contents["gates"]
+    assert (kept["passed"], broken["passed"]) == (True, False)
+    write_run(write_run(tmp_path, contents), contents, "9" * 12)
+    failed = refresh(tmp_path, [*STAGES, {**STAGES[1], "fingerprint": "9" * 64}])
+    assert [result.to_json() for result in failed] == [broken, broken]
+    assert "✗ broken" in (tmp_path / "report.html").read_text()
 
 
 def test_names_are_never_markup(tmp_path: Path) -> None:
     contents = evaluation(EVIL)
     contents["environment"]["hardware"]["processor"] = EVIL
-    refresh(write_run(tmp_path, contents), [{**STAGES[0], "name": EVIL}])
+    refresh(write_run(tmp_path, contents), [{**STAGES[1], "name": EVIL}])
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page.lower()
     assert page.count("&lt;script&gt;") >= 6  # headline, ladder, gate, legends, tooltips, stage
@@ -159,7 +169,7 @@ def test_refreshing_is_light(tmp_path: Path) -> None:
     write_run(tmp_path, evaluation())
     code = (
         "import sys; from pathlib import Path; from lmdistill.evaluation.report import refresh;"
-        "refresh(Path(sys.argv[1]), []);"
+        f"refresh(Path(sys.argv[1]), {STAGES!r});"
         "print([name for name in ('torch', 'transformers', 'numpy', 'llama_cpp', 'gguf') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)

@@ -45,7 +45,8 @@ def test_artefacts_and_their_records(write: Write) -> None:
     run = json.loads((gather.path / "run.json").read_text())
     assert (run["tokens"], run["resumed"]) == (5, False)
     assert run["seconds"] > 0
-    assert [row["name"] for row in json.loads((RUN / "report.json").read_text())] == ["gather", "learn", "again"]
+    rows = json.loads((made["summary"].out / "report.json").read_text())
+    assert [row["name"] for row in rows] == ["gather", "learn", "again"]
     assert "printed by the stage" in (RUN / "logs/01-gather.log").read_text()
     assert json.loads((RUN / "environment.json").read_text())["packages"]["pydantic"] != "absent"
     assert not list(RUN.glob(".partial-*"))
