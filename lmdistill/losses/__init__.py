@@ -1,0 +1,1 @@
+"""Losses on cached teacher signals, fused with the head."""

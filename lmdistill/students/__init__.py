@@ -1,0 +1,1 @@
+"""Students: from random, or grown from a teacher."""

@@ -1,0 +1,1 @@
+"""Distillation on cached signals, on transformers.Trainer."""

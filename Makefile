@@ -1,0 +1,45 @@
+# Two commands on a fresh machine: `make demo` runs the main job on real models, `make test` runs all checks.
+# Both make .venv first: torch (the CPU build where there is no GPU), then everything else under constraints.txt;
+# llama-cpp-python is built once and its wheel kept in $(WHEELS).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WHEELS ?= $(or $(LMDISTILL_CACHE),$(HOME)/.cache/lmdistill)/wheels
+TORCH := $(shell grep '^torch==' constraints.txt)
+LLAMA := $(shell grep '^llama-cpp-python==' constraints.txt)
+RECIPE ?= recipes/lfm_small.yaml
+
+.PHONY: demo test check bench install clean
+
+demo: $(VENV)/.installed
+	$(BIN)/lmdistill pipeline $(RECIPE)
+
+test: $(VENV)/.installed
+	$(BIN)/ruff check lmdistill tests benchmarks
+	$(BIN)/ruff format --check lmdistill tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+install: $(VENV)/.installed
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/signals.py --json
+	$(BIN)/python benchmarks/loss.py --json
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("lmdistill needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	command -v nvidia-smi >/dev/null || $(BIN)/python -c 'import torch' 2>/dev/null || \
+		$(BIN)/pip install --quiet $(TORCH) --extra-index-url https://download.pytorch.org/whl/cpu
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	mkdir -p $(WHEELS)
+	$(BIN)/pip install --quiet --no-index --no-deps --find-links $(WHEELS) $(LLAMA) 2>/dev/null || { \
+		CMAKE_ARGS="$(CMAKE_ARGS) -DLLAVA_BUILD=OFF" $(BIN)/pip wheel --no-deps --wheel-dir $(WHEELS) $(LLAMA) && \
+		$(BIN)/pip install --quiet --no-index --no-deps --find-links $(WHEELS) $(LLAMA); }
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

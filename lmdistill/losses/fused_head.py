@@ -1,0 +1,123 @@
+"""The head fused with a loss: logits by chunks, gradients in the forward pass, never B·T·V.
+
+Axes: N positions (all), C positions of one chunk, D hidden width, V vocabulary, K cached entries, S scattered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lmdistill.losses import cross_entropy
+from lmdistill.losses.registry import LossFunction, LossOptions, LossTerms, StudentSoftmax, Targets
+
+
+@dataclass(frozen=True)
+class Mix:
+    """`ce_weight · CE + kd_weight · KD`, both summed over the positions."""
+
+    kd: LossFunction
+    options: LossOptions
+    kd_weight: float
+    ce_weight: float
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over positions in nats: the mixed loss (differentiable), and its two parts for the log."""
+
+    total: torch.Tensor
+    kd: torch.Tensor
+    ce: torch.Tensor
+
+
+def _softmax(logits_CV: torch.Tensor, targets: Targets) -> tuple[StudentSoftmax, torch.Tensor, torch.Tensor]:
+    """The student's softmax of a chunk, `exp(z − max)` `[C, V]` in the logits' memory, and the maxima `[C]`.
+
+    The mass outside the teacher's top K is summed by itself with those K set to zero: it is exact where it
+    is small, which `1 − Q` would not be.
+    """
+    logits_CK = logits_CV.gather(1, targets.ids_NK)
+    next_C = logits_CV.gather(1, targets.next_N[:, None])[:, 0]
+    max_C1 = logits_CV.max(-1, keepdim=True).values
+    exp_CV = logits_CV.sub_(max_C1).exp_()
+    top_CK = exp_CV.gather(1, targets.ids_NK)
+    exp_CV.scatter_(1, targets.ids_NK, 0.0)
+    rest_C = exp_CV.sum(-1)
+    exp_CV.scatter_(1, targets.ids_NK, top_CK)
+    lse_C = max_C1[:, 0] + (rest_C + top_CK.sum(-1)).log()
+    return StudentSoftmax(logits_CK, next_C, lse_C, max_C1[:, 0] + rest_C.log()), exp_CV, max_C1[:, 0]
+
+
+def _gradient(
+    exp_CV: torch.Tensor, lse_C: torch.Tensor, max_C: torch.Tensor, parts: list[tuple[float, LossTerms]]
+) -> torch.Tensor:
+    """The gradient in the logits `[C, V]`: one row-scaled softmax and the scattered entries of all parts."""
+    dense_C = torch.stack([weight * part.dense_N for weight, part in parts]).sum(0)
+    grad_CV = exp_CV.mul_((dense_C * (max_C - lse_C).exp())[:, None])
+    for weight, part in parts:
+        grad_CV.scatter_add_(1, part.ids_NS, weight * part.sparse_NS)
+    return grad_CV
+
+
+class _FusedHead(torch.autograd.Function):  # type: ignore[misc]
+    """Forward computes the loss and its gradients in hidden states and head; backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        head_VD: torch.Tensor,
+        targets: Targets,
+        mix: Mix,
+        chunk: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        compute = hidden_ND.dtype
+        weight_VD = head_VD.detach().to(compute)
+        want_hidden, want_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        grad_hidden_ND = torch.empty_like(hidden_ND) if want_hidden else None
+        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if want_head else None
+        sums_3 = torch.zeros(3, dtype=torch.float32, device=hidden_ND.device)
+        for start in range(0, hidden_ND.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            hidden_CD = hidden_ND[rows]
+            part = Targets(targets.next_N[rows], targets.ids_NK[rows], targets.logp_NK[rows], targets.tail_N[rows])
+            logits_CV = (hidden_CD @ weight_VD.T).float()
+            student, exp_CV, max_C = _softmax(logits_CV, part)
+            kd = mix.kd(student, part, mix.options)
+            ce = cross_entropy.terms(part.next_N, student.logit_next_N, student.lse_N)
+            kd_sum, ce_sum = kd.loss_N.sum(), ce.loss_N.sum()
+            sums_3 += torch.stack([mix.kd_weight * kd_sum + mix.ce_weight * ce_sum, kd_sum, ce_sum])
+            if not (want_hidden or want_head):
+                continue
+            parts = [(w, t) for w, t in ((mix.kd_weight, kd), (mix.ce_weight, ce)) if w]
+            grad_CV = _gradient(exp_CV, student.lse_N, max_C, parts).to(compute)
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[rows] = grad_CV @ weight_VD
+            if grad_head_VD is not None:
+                grad_head_VD += grad_CV.T @ hidden_CD
+        ctx.save_for_backward(grad_hidden_ND, grad_head_VD)
+        ctx.head_dtype = head_VD.dtype
+        return sums_3[0], sums_3[1], sums_3[2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden_ND, grad_head_VD = ctx.saved_tensors
+        scale = grads[0]
+        hidden = None if grad_hidden_ND is None else grad_hidden_ND * scale.to(grad_hidden_ND.dtype)
+        head = None if grad_head_VD is None else (grad_head_VD * scale).to(ctx.head_dtype)
+        return hidden, head, None, None, None
+
+
+def fused_head_loss(
+    hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets: Targets, mix: Mix, chunk: int = 256
+) -> Sums:
+    """Sum over N positions of the mixed loss of `softmax(hidden @ head.T)`, float32 inside.
+
+    `hidden_ND` sets the precision of the matrix products; the head may be kept in float32 beside it.
+    The two parts in the result carry no gradient.
+    """
+    total, kd, ce = _FusedHead.apply(hidden_ND, head_VD, targets, mix, chunk)
+    return Sums(total, kd.detach(), ce.detach())

@@ -1,0 +1,91 @@
+"""Losses on cached teacher signals: what one is, and the table of those there are.
+
+A loss is one decorated function in one file of this folder. It sees the student's logits of a chunk of
+positions and says how much it loses there and what its gradient is, in a form that needs no second pass:
+a coefficient on the student's own softmax, plus a few scattered entries. The head is fused around it
+(`fused_head.py`), so B·T·V never stands in memory.
+
+Axes: N positions in a chunk, V vocabulary, K cached entries, S scattered entries a row.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lmdistill.errors import RecipeError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the teacher and the text say of N positions."""
+
+    next_N: torch.Tensor  # int64, the token that follows
+    ids_NK: torch.Tensor  # int64, the teacher's top K
+    logp_NK: torch.Tensor  # float32, its normalised log-probs of those, at temperature 1
+    tail_N: torch.Tensor  # float32, its log-mass outside those; -inf where K covers the vocabulary
+
+
+@dataclass(frozen=True)
+class StudentSoftmax:
+    """The student's distribution at N positions, as unnormalised exponentials; the loss may read all of it."""
+
+    logits_NK: torch.Tensor  # float32, the student's logits of the teacher's top K
+    logit_next_N: torch.Tensor  # float32, its logit of the next token
+    lse_N: torch.Tensor  # float32, logsumexp over the vocabulary
+    lse_rest_N: torch.Tensor  # float32, logsumexp over the vocabulary less the teacher's top K
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A loss at N positions, with its gradient as `dense_N · softmax(z) + scatter(ids_NS, sparse_NS)`."""
+
+    loss_N: torch.Tensor
+    dense_N: torch.Tensor
+    ids_NS: torch.Tensor
+    sparse_NS: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The knobs the losses share; METHODS of the paper leave them open, so the recipe sets them."""
+
+    temperature: float = 1.0
+    mass_weighted: bool = True  # the factor P on the tempered conditional term
+    hinton_scaled: bool = False  # multiply the tempered term by the square of the temperature
+
+
+LossFunction = Callable[[StudentSoftmax, Targets, LossOptions], LossTerms]
+_LOSSES: dict[str, LossFunction] = {}
+
+
+def loss(name: str) -> Callable[[LossFunction], LossFunction]:
+    """Register a loss under `name`, the value of `loss:` in a recipe."""
+
+    def register(function: LossFunction) -> LossFunction:
+        _LOSSES[name] = function
+        return function
+
+    return register
+
+
+def names() -> list[str]:
+    """The names of all losses."""
+    package = importlib.import_module("lmdistill.losses")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"lmdistill.losses.{module.name}")
+    return sorted(_LOSSES)
+
+
+def get(name: str) -> LossFunction:
+    """The loss called `name`; RecipeError with the nearest name where there is none."""
+    known = names()
+    if name in _LOSSES:
+        return _LOSSES[name]
+    raise RecipeError(f"no loss is called '{name}'{nearest(name, known)}", fix=f"one of: {', '.join(known)}")

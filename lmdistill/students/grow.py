@@ -1,0 +1,147 @@
+"""Grows a student from a Llama-like teacher: blocks left out, attention replaced, each block fitted in turn.
+
+Every decision and every fitted block is kept in the work folder as soon as it is made, so that a growth that was
+stopped goes on where it was and ends with the same bytes.
+
+Axes: R rows, T positions, D hidden width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmdistill.pipeline.stage import Progress
+from lmdistill.students import blocks, lfm2, regression, selection, short_conv
+from lmdistill.students.regression import Fit
+from lmdistill.students.selection import Fate, PlanScorer
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What is grown, and how."""
+
+    architecture: str  # lfm2 | llama
+    layers: int
+    attention_layers: int
+    kernel: int
+    selection_rows: int
+    selection_width: int
+    fit: Fit
+
+
+def choose(model: Any, tokens_RT: torch.Tensor, growth: Growth, work: Path, progress: Progress) -> list[Fate]:
+    """The fate of every block of `model`, greedy by measured KL; kept in work/plan.json."""
+    kept = work / "plan.json"
+    if kept.exists():
+        plan: list[Fate] = json.loads(kept.read_text())
+        return plan
+    scored = model.to(torch.bfloat16) if growth.fit.precision == "bfloat16" else model
+    scorer = PlanScorer(scored, tokens_RT[: growth.selection_rows])
+    total = len(scorer.layers)
+    plan = ["full"] * total
+    for fate, count in (("gone", total - growth.layers), ("local", growth.layers - growth.attention_layers)):
+        word = "blocks left out" if fate == "gone" else "attentions switched off"
+
+        def report(step: int, steps: int, kl: float, word: str = word) -> None:
+            progress.update(step, steps, word, kl=round(kl, 4))
+
+        if count:
+            plan = selection.greedy(scorer, plan, fate, count, growth.selection_width, report)  # type: ignore[arg-type]
+    model.to(torch.float32)
+    write_json(kept, plan)
+    return plan
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file is either whole or not there."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(content))
+    partial.rename(path)
+
+
+def _empty_student(source: Any, plan: list[Fate], growth: Growth) -> Any:
+    """The student with the source's embeddings, norms, MLPs and kept attention; its convolutions are still random."""
+    from transformers import AutoModelForCausalLM
+
+    kept = [fate for fate in plan if fate != "gone"]
+    if growth.architecture == "lfm2":
+        types = ["conv" if fate == "local" else "full_attention" for fate in kept]
+        config = lfm2.config_like(source.config, types, growth.kernel, source.config.norm_eps)
+    else:
+        config = type(source.config).from_dict(source.config.to_dict() | {"num_hidden_layers": len(kept)})
+    torch.manual_seed(growth.fit.seed)
+    student = AutoModelForCausalLM.from_config(config).float().eval()
+    student.model.embed_tokens.load_state_dict(source.model.embed_tokens.state_dict())
+    blocks.final_norm(student).load_state_dict(blocks.final_norm(source).state_dict())
+    if not config.tie_word_embeddings:
+        student.lm_head.load_state_dict(source.lm_head.state_dict())
+    originals = [layer for layer, fate in zip(source.model.layers, plan, strict=True) if fate != "gone"]
+    for block, original in zip(student.model.layers, originals, strict=True):
+        block.load_state_dict(original.state_dict(), strict=False)
+    return student
+
+
+def _spans(plan: list[Fate]) -> list[range]:
+    """For each kept block, the teacher's blocks up to the next kept one: what it has to stand for."""
+    kept = [index for index, fate in enumerate(plan) if fate != "gone"]
+    return [range(start, end) for start, end in zip(kept, [*kept[1:], len(plan)], strict=True)]
+
+
+def grow(source: Any, tokens_RT: torch.Tensor, growth: Growth, work: Path, progress: Progress) -> tuple[Any, Any]:
+    """The student and the record of how it came about.
+
+    `source` computes what the teacher computes, in the student's own architecture and in float32 (see lfm2.py).
+    """
+    plan = choose(source, tokens_RT, growth, work, progress)
+    student = _empty_student(source, plan, growth)
+    teacher_RTD = blocks.embed(source, tokens_RT).detach()
+    if plan[0] == "gone":
+        raise AssertionError("the first block cannot go: it is where the student begins")
+    student_RTD = teacher_RTD.clone()
+    rotary = blocks.positions(source, teacher_RTD[:1])
+    errors = []
+    how = growth.fit
+    for index, (span, block) in enumerate(zip(_spans(plan), student.model.layers, strict=True)):
+        for layer in span:
+            teacher_RTD = regression.advance(source.model.layers[layer], teacher_RTD, rotary, how.rows, how.precision)
+        errors.append(
+            _fit_or_load(block, source.model.layers[span.start], student_RTD, teacher_RTD, rotary, growth, work, index)
+        )
+        student_RTD = regression.advance(block, student_RTD, rotary, how.rows, how.precision)
+        progress.update(index + 1, len(student.model.layers), "block fitted", error=round(errors[-1][1], 5))
+    student.tie_weights()
+    return student, {"plan": plan, "relative_error": errors}
+
+
+def _fit_or_load(
+    block: Any,
+    original: Any,
+    inputs_RTD: torch.Tensor,
+    targets_RTD: torch.Tensor,
+    rotary: Any,
+    growth: Growth,
+    work: Path,
+    index: int,
+) -> list[float]:
+    """Fit one block, or take it from the work folder where it has been fitted already."""
+    weights, errors = work / f"block-{index:03d}.safetensors", work / f"block-{index:03d}.json"
+    if errors.exists():
+        block.load_state_dict(load_file(weights))
+        loaded: list[float] = json.loads(errors.read_text())
+        return loaded
+    if hasattr(block, "conv"):
+        with torch.no_grad():
+            normed_RTD = block.operator_norm(inputs_RTD)
+        block.conv.load_state_dict(
+            short_conv.fit(block.conv.config, original.self_attn, normed_RTD, rotary).state_dict()
+        )
+    before, after = regression.fit_block(block, inputs_RTD, targets_RTD, rotary, growth.fit)
+    save_file(block.state_dict(), weights)
+    write_json(errors, [round(before, 6), round(after, 6)])
+    return [round(before, 6), round(after, 6)]

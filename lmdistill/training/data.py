@@ -1,0 +1,74 @@
+"""Batches for distillation: rows of the teacher cache in a seeded order, decoded when they are needed.
+
+Axes: R rows of a batch, T tokens in a row, K entries of a token, N positions whose prediction counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from lmdistill.corpus.format import DOC_START, LOSS
+from lmdistill.signals.reader import SignalsBatch, SignalsReader
+
+
+def row_order(rows: int, wanted: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """`wanted` row numbers: seeded permutations of all rows, one after the other."""
+    generator = np.random.default_rng(seed)
+    epochs = -(-wanted // rows)
+    return np.concatenate([generator.permutation(rows) for _ in range(epochs)])[:wanted].astype(np.int64)
+
+
+class RowDataset(Dataset[int]):  # type: ignore[misc]
+    """The row numbers a training run sees, in the order it sees them."""
+
+    def __init__(self, order: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> int:
+        return int(self.order[index])
+
+
+def positions_from(flags_RT: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Position ids `[R, T]` that start again at every document."""
+    starts_RT = (flags_RT & DOC_START) > 0
+    here_T = np.arange(flags_RT.shape[1])
+    last_RT = np.maximum.accumulate(np.where(starts_RT, here_T, 0), axis=1)
+    return torch.from_numpy(here_T[None] - last_RT)
+
+
+class SignalsCollator:
+    """Row numbers → one batch of tensors; every read proves that the log-probs belong to the tokens."""
+
+    def __init__(self, reader: SignalsReader, isolate: bool) -> None:
+        self.reader, self.isolate = reader, isolate
+
+    def __call__(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The rows as tensors, with position ids that start again at every document where packing isolates."""
+        batch = self.reader.read(list(rows))
+        inputs = to_inputs(batch)
+        if self.isolate:
+            inputs["position_ids"] = positions_from(batch.flags_RT)
+        return inputs
+
+
+def to_inputs(batch: SignalsBatch) -> dict[str, torch.Tensor]:
+    """Tensors of a decoded batch; `labels` are −100 where a prediction does not count, as Trainer counts them."""
+    tokens_RT = torch.from_numpy(batch.tokens_RT.astype(np.int64))
+    counts_RT = torch.from_numpy((batch.flags_RT & LOSS) > 0)
+    labels_RT = torch.full_like(tokens_RT, -100)
+    labels_RT[:, :-1] = tokens_RT[:, 1:].where(counts_RT[:, :-1], -100)
+    return {
+        "input_ids": tokens_RT,
+        "labels": labels_RT,
+        "teacher_ids": torch.from_numpy(batch.ids_RTK),
+        "teacher_logp": torch.from_numpy(batch.logp_RTK),
+        "teacher_tail": torch.from_numpy(batch.tail_RT),
+    }
