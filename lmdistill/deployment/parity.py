@@ -15,7 +15,7 @@ from typing import Any
 from lmdistill.deployment.llama_cpp_runtime import LlamaCppRuntime
 from lmdistill.errors import IntegrityError
 
-TIE = 0.03  # nats: what rounding to f16 moves a logit by, at most; closer choices turn over in 2–4 of a thousand places
+TIE = 0.03  # nats: about three deviations of what f16 moves two logits apart; closer choices turn over now and then
 _CHUNK = 128  # rows of logits llama.cpp gives at a time: 24 MiB at V = 49,152
 
 
