@@ -164,7 +164,8 @@ def _step(
 ) -> Step:
     stage = entry.stage
     artefact = store.find(entry.name, stage.name, stage.output, key)
-    state: State = "cached" if artefact else "resume" if store.partial(entry.name, key).exists() else "run"
+    begun = store.partial(entry.name, key).exists() or store.folder(key) is not None  # the latter lacks files
+    state: State = "cached" if artefact else "resume" if begun else "run"
     if entry.name in selection.force:
         state = "run"
     if entry.name not in selected and state != "cached":

@@ -20,7 +20,7 @@ from lmdistill.pipeline.plan import Plan, Step, make_plan, raise_all
 from lmdistill.pipeline.preflight import run_preflights, runtime_job
 from lmdistill.pipeline.process import call
 from lmdistill.pipeline.stage import Artefact, ModelRef
-from lmdistill.pipeline.store import check, read_manifest
+from lmdistill.pipeline.store import check, missing_files, read_manifest
 from lmdistill.recipe.schema import TEACHER
 
 
@@ -137,20 +137,25 @@ class Runner:
         aside = self.plan.store.set_aside(old)
         shutil.rmtree(self.plan.store.partial(step.name, step.key), ignore_errors=True)
         new = self.artefacts[step.name] = self._make(step, place)
-        if read_manifest(new.path) != before:
+        self._compare(step, before, new.path)
+        shutil.rmtree(aside)
+
+    def _compare(self, step: Step, before: Json | None, folder: Path) -> None:
+        """Say so where an artefact was there before and has not come out the same; a report's timings never do."""
+        if before is not None and step.entry.stage.output != "report" and read_manifest(folder) != before:
             text = (
-                f"'{step.name}' came out with other bytes than before, from the same key; what depends on it is stale"
+                f"'{step.name}' came out with other bytes than before from the same key; what depends on it is stale"
             )
             self.events.emit("note", stage=step.name, text=text)
-        shutil.rmtree(aside)
 
     def _make(self, step: Step, place: Json) -> Artefact:
         """Run one stage into its partial folder and publish that."""
         store, stage, started = self.plan.store, step.entry.stage, time.monotonic()
+        before = store.reopen(step.name, step.key)
         folder = store.partial(step.name, step.key)
         resumed = folder.exists()
         self.events.emit("stage_started", **place, fingerprint=step.planned.fingerprint, resumed=resumed)
-        if (folder / "manifest.json").is_file():  # killed between the manifest and the rename
+        if (folder / "manifest.json").is_file() and not missing_files(folder):  # killed between it and the rename
             final = store.finish(folder, step.number, step.name, step.short)
         else:
             metrics = self._work(step)
@@ -158,6 +163,7 @@ class Runner:
             final = store.publish(folder, step.number, step.name, result, time.monotonic() - started)
         self.trusted.add(final)
         self.made.add(final)
+        self._compare(step, before, final)
         seconds = round(time.monotonic() - started, 3)
         self.events.emit("stage_finished", stage=step.name, seconds=seconds, folder=final.name)
         return Artefact(step.name, stage.name, stage.output, step.planned.fingerprint, final)

@@ -30,17 +30,24 @@ class Store:
     root: Path
 
     def find(self, name: str, stage: str, kind: str, key: Mapping[str, Any]) -> Artefact | None:
-        """The finished artefact with this key, under the name it has now; None where there is none.
+        """The finished artefact with this key, under the name it has now; None where there is none, or not all of it.
 
-        Raises IntegrityError where a folder of that fingerprint has lost its key.
+        Raises IntegrityError where a folder of that fingerprint has lost its key or its manifest.
         """
+        folder = self.folder(key)
+        if folder is None or missing_files(folder):
+            return None
+        return Artefact(name, stage, kind, fingerprint(key), folder)
+
+    def folder(self, key: Mapping[str, Any]) -> Path | None:
+        """The finished folder with this key, whether or not all its files are still there."""
         full = fingerprint(key)
         for folder in sorted(self.root.glob(f"[0-9]*-{full[:SHORT]}")):
             found = read_key(folder)
             if not found:
                 raise IntegrityError(f"{folder}/key.json cannot be read", fix=_again(folder))
             if found["fingerprint"] == full:
-                return Artefact(name, stage, kind, full, folder)
+                return folder
         return None
 
     def finished(self) -> Iterator[Path]:
@@ -63,6 +70,19 @@ class Store:
             leftover.unlink()
         write_json(folder / "key.json", {"name": name, "fingerprint": fingerprint(key), "key": key})
         return folder
+
+    def reopen(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Turn a finished folder that lacks files into a partial one, so that its stage makes what is missing.
+
+        Returns the manifest it had, which the stage should come to again; None where there is no such folder.
+        """
+        folder, partial = self.folder(key), self.partial(name, key)
+        if folder is None or partial.exists():
+            return None
+        before = read_manifest(folder)
+        folder.rename(partial)
+        (partial / "manifest.json").unlink()
+        return before
 
     def publish(self, partial: Path, number: int, name: str, result: Mapping[str, Any], seconds: float) -> Path:
         """Turn a partial folder into a finished one and return it.
@@ -122,22 +142,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
+def missing_files(folder: Path) -> list[Path]:
+    """The files that a finished folder's manifest lists and that are not there."""
+    listed = [folder / "out" / name for name in read_manifest(folder)["files"]]
+    return [path for path in listed if not path.is_file()]
+
+
 def check(folder: Path, *, digests: bool) -> None:
     """Compare a finished folder with its manifest: existence and size, and with `digests` every file's sha256.
 
     Raises IntegrityError naming the first file that differs.
     """
     for name, entry in read_manifest(folder)["files"].items():
-        path = folder / "out" / name
+        path, fix = folder / "out" / name, "give the same command: what is missing is made again, the rest is kept"
         if not path.is_file():
-            raise IntegrityError(f"{path} is missing", why="the manifest lists it", fix=_again(folder))
+            raise IntegrityError(f"{path} is missing", why="the manifest lists it", fix=fix)
         if path.stat().st_size != entry["bytes"]:
             why = f"it has {path.stat().st_size} bytes, and had {entry['bytes']} when it was made"
-            raise IntegrityError(f"{path} was changed", why=why, fix=_again(folder))
+            raise IntegrityError(f"{path} was changed", why=why, fix=f"delete {path} and {fix}")
         if digests and sha256_file(path) != entry["sha256"]:
             why = f"its sha256 is not {entry['sha256']}, which it was when it was made"
-            raise IntegrityError(f"{path} was changed", why=why, fix=_again(folder))
+            raise IntegrityError(f"{path} was changed", why=why, fix=f"delete {path} and {fix}")
 
 
 def _again(folder: Path) -> str:
-    return f"delete {folder} and give the same command: it is made again, and all that was right is kept"
+    return f"delete {folder} and give the same command: it is made again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,32 +169,46 @@ def test_missing_local_files_are_all_named_before_the_start(write: Write) -> Non
     assert "none.txt" in caught.value.render()
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_damaged_input_is_found_and_named(damage: str, write: Write) -> None:
+@pytest.mark.parametrize("text", ["hellp", "hell"])
+def test_damage_is_found_and_named_and_cured_as_the_message_says(text: str, write: Write) -> None:
     recipe = write()
     file = go(recipe, last="gather")["gather"].out / "text.txt"
-    if damage == "flip":
-        file.write_text("hellp")
-    elif damage == "cut":
-        file.write_text("hell")
-    else:
-        file.unlink()
+    before = manifests(RUN)
+    file.write_text(text)
     with pytest.raises(IntegrityError) as caught:
         go(recipe)
     assert str(file) in caught.value.what
-    assert f"delete {file.parent.parent}" in caught.value.fix
+    assert f"delete {file} and give the same command" in caught.value.fix
     assert not list(RUN.glob("*learn*"))
+    file.unlink()
+    go(recipe, last="gather")
+    assert manifests(RUN) == before
 
 
-def test_damage_that_is_cured_by_deleting_the_folder(write: Write) -> None:
+def test_only_the_missing_part_is_made_again(write: Write) -> None:
     recipe = write()
     made = go(recipe)
     before = manifests(RUN)
-    (made["gather"].out / "text.txt").unlink()
-    with pytest.raises(IntegrityError):
+    files = sorted((made["learn"].out / "model").iterdir())
+    times = [file.stat().st_mtime_ns for file in files]
+    files[2].unlink()
+    assert states(recipe) == {"gather": "cached", "learn": "resume", "again": "cached", "summary": "cached"}
+    assert not list(RUN.glob(".partial-*")), "a plan changes nothing"
+    go(recipe)
+    changed = [file.name for file, time in zip(files, times, strict=True) if file.stat().st_mtime_ns != time]
+    assert changed == [files[2].name]
+    assert manifests(RUN) == before
+    assert not [event for event in events("note") if "other bytes" in event["text"]]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "key.json"])
+def test_damage_that_is_cured_by_deleting_the_folder(name: str, write: Write) -> None:
+    recipe = write()
+    made = go(recipe)
+    before = manifests(RUN)
+    (made["gather"].path / name).write_text("{")
+    with pytest.raises(IntegrityError, match=f"delete {made['gather'].path} and give the same command"):
         go(recipe)
-    for file in sorted(made["gather"].path.rglob("*"), reverse=True):
-        file.rmdir() if file.is_dir() else file.unlink()
-    made["gather"].path.rmdir()
+    shutil.rmtree(made["gather"].path)
     go(recipe)
     assert manifests(RUN) == before
