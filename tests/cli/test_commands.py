@@ -6,7 +6,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,22 +14,30 @@ import pytest
 Write = Callable[..., Path]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 HELP_SECONDS = 0.3  # of process time
-CACHED_SECONDS = 1.5  # of wall time
+CACHED_SECONDS = 1.5  # likewise
+
+
+def quickest(command: Callable[[], object], times: int = 4) -> float:
+    """Processor seconds of child processes, the least of a few times: other work on the machine adds to it."""
+    spent = []
+    for _ in range(times):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    return min(spent)
 
 
 def test_help_is_quick(lmdistill: Run) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "pipeline" in lmdistill("--help").stdout
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime <= HELP_SECONDS
+    assert quickest(lambda: lmdistill("--help")) <= HELP_SECONDS
 
 
 def test_a_cached_run_is_quick_and_imports_nothing_heavy(write: Write, lmdistill: Run) -> None:
     write()
     assert lmdistill("pipeline", "toy.yaml").returncode == 0
-    start = time.monotonic()
     shown = lmdistill("pipeline", "toy.yaml").stdout
-    assert time.monotonic() - start <= CACHED_SECONDS
+    assert quickest(lambda: lmdistill("pipeline", "toy.yaml")) <= CACHED_SECONDS
     assert "learn: cached" in shown
     assert shown.endswith("4 of 4 results are in runs/toy\n")
     code = (
