@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import hardware
 from numpy.typing import NDArray
 
 from lmdistill import assets
@@ -158,23 +157,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "hardware": hardware(),
         "date": datetime.date.today().isoformat(),
         "command": "python benchmarks/signals.py " + " ".join(sys.argv[1:]),
-    }
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores, load and versions."""
-    import torch
-
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": models[0].split(":")[1].strip() if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load_1min": round(os.getloadavg()[0], 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
     }
 
 
