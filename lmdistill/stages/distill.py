@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -50,6 +52,12 @@ class DistillConfig(StageConfig):
     log_steps: Annotated[int, Field(ge=1)] = Field(
         default=5, description="steps from one point of the curve to the next"
     )
+    compile: bool = Field(
+        default=False, description="compile the blocks with torch.compile: faster steps, needs a C++ compiler on CPU"
+    )
+    save_grid: Literal["float16", "float32"] = Field(
+        default="float16", description="float16: matrices are saved rounded to it, and an f16 file is the checkpoint"
+    )
     micro_rows: Annotated[int | None, RuntimeKey()] = Field(
         default=None, description="rows at once; the rest of batch_rows is accumulated"
     )
@@ -87,15 +95,23 @@ class DistillStage(Stage[DistillConfig]):
         """The loss exists. (That student and cache share their tokens is the student stage's to check.)"""
         from lmdistill.losses.registry import names
 
+        problems: list[LmdistillError] = []
         known = names()
-        if ctx.config.loss in known:
-            return []
-        return [
-            PreflightError(
-                f"stage '{ctx.name}': no loss is called '{ctx.config.loss}'{nearest(ctx.config.loss, known)}",
-                fix=f"one of: {', '.join(known)}",
+        if ctx.config.loss not in known:
+            problems.append(
+                PreflightError(
+                    f"stage '{ctx.name}': no loss is called '{ctx.config.loss}'{nearest(ctx.config.loss, known)}",
+                    fix=f"one of: {', '.join(known)}",
+                )
             )
-        ]
+        if ctx.config.compile and shutil.which(os.environ.get("CXX", "c++")) is None:
+            problems.append(
+                PreflightError(
+                    f"stage '{ctx.name}': `compile: true` needs a C++ compiler, and there is none",
+                    fix="install g++ (or set CXX), or set `compile: false`",
+                )
+            )
+        return problems
 
     def estimate(self, ctx: PreflightContext[DistillConfig]) -> Estimate:
         """At the pace of a 0.1 B student on two cores; disk for two resume points and the model."""
@@ -107,11 +123,13 @@ class DistillStage(Stage[DistillConfig]):
         """Train, then write the model folder and training.json."""
         import torch
 
+        from lmdistill.assets import cache_dir
         from lmdistill.signals.reader import SignalsReader
         from lmdistill.training.run import Place, train
 
         if ctx.runtime.threads:
             torch.set_num_threads(ctx.runtime.threads)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
         reader = SignalsReader(ctx.one("signals").out)
         student = ctx.one("student").model()
         place = Place(
@@ -161,6 +179,8 @@ def _settings(config: DistillConfig, manifest: Any) -> Any:
         seed=config.seed,
         isolate=manifest.packing == "isolate",
         log_steps=config.log_steps,
+        compile=config.compile,
+        save_grid=config.save_grid,
         freeze=list(config.freeze),
         micro_rows=config.micro_rows,
         chunk=config.chunk,

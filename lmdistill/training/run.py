@@ -35,6 +35,8 @@ class Settings:
     seed: int
     isolate: bool
     log_steps: int
+    compile: bool
+    save_grid: str
     freeze: list[str] = field(default_factory=list)
     micro_rows: int | None = None
     chunk: int = 256
@@ -76,11 +78,35 @@ def train(reader: SignalsReader, settings: Settings, place: Place, progress: Pro
     refuse_foreign_checkpoints(reader, settings, place)
     model = load_model(place.student, device=place.device)
     frozen = optimizer.freeze(model, settings.freeze)
+    if settings.compile:
+        compile_blocks(model)
     trainer = _trainer(model, reader, settings, place, progress)
     trainer.train_from(last_checkpoint(place.work))
     model.__dict__.pop("forward")
+    if settings.save_grid == "float16":
+        round_matrices(model)
     save_model(model.float(), place.output, tokenizer_from=place.student)
     return _record(reader, settings, trainer.state, frozen, model)
+
+
+def compile_blocks(model: Any) -> None:
+    """Compile every decoder block by itself: blocks of one kind share their code, so it takes seconds, not minutes."""
+    import torch
+
+    # One compilation a kind of block, and some of dynamo's guards name the block's index.
+    torch._dynamo.config.recompile_limit = max(64, 2 * len(model.model.layers))
+    for block in model.model.layers:
+        block.compile(dynamic=False)
+
+
+def round_matrices(model: Any) -> None:
+    """Round matrices and taps to the nearest float16, so that an f16 file holds this checkpoint digit for digit."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(parameter.half())
 
 
 def refuse_other_tokens(reader: SignalsReader, student: Path) -> None:
