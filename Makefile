@@ -1,6 +1,7 @@
 # Two commands on a fresh machine: `make demo` runs the main job on real models, `make test` runs all checks.
-# Both make .venv first: torch (the CPU build where there is no GPU), then everything else under constraints.txt;
-# llama-cpp-python is built once and its wheel kept in $(WHEELS).
+# Both make .venv first: torch before all else, so that no other package picks its build, then the rest under
+# constraints.txt; llama-cpp-python is built once and its wheel kept in $(WHEELS).
+# Where the default index has torch for CUDA only, and there is no GPU, name PyTorch's CPU index: make TORCH_INDEX=URL.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -31,9 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("lmdistill needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	command -v nvidia-smi >/dev/null || $(BIN)/python -c 'import torch' 2>/dev/null || \
-		$(BIN)/pip install --quiet $(TORCH) --extra-index-url https://download.pytorch.org/whl/cpu
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	mkdir -p $(WHEELS)
 	$(BIN)/pip install --quiet --no-index --no-deps --find-links $(WHEELS) $(LLAMA) 2>/dev/null || { \
 		CMAKE_ARGS="$(CMAKE_ARGS) -DLLAVA_BUILD=OFF" $(BIN)/pip wheel --no-deps --wheel-dir $(WHEELS) $(LLAMA) && \

@@ -59,4 +59,4 @@ class KlReference:
         logits_NV = logits_NV.float()
         cross = (logits_NV.logsumexp(-1) * self._mass_N).sum() - (self.probs_NV * logits_NV).sum()
         total: float = self._negative_entropy + cross.item()
-        return total / logits_NV.shape[0]
+        return float(total / logits_NV.shape[0])

@@ -88,9 +88,13 @@ def _empty_student(source: Any, plan: list[Fate], growth: Growth) -> Any:
 
 
 def _spans(plan: list[Fate]) -> list[range]:
-    """For each kept block, the teacher's blocks up to the next kept one: what it has to stand for."""
-    kept = [index for index, fate in enumerate(plan) if fate != "gone"]
-    return [range(start, end) for start, end in zip(kept, [*kept[1:], len(plan)], strict=True)]
+    """For each kept block, the teacher's blocks it has to stand for: itself and those gone up to the next kept one."""
+    kept = _kept(plan)
+    return [range(start, end) for start, end in zip([0, *kept[1:]], [*kept[1:], len(plan)], strict=True)]
+
+
+def _kept(plan: list[Fate]) -> list[int]:
+    return [index for index, fate in enumerate(plan) if fate != "gone"]
 
 
 def grow(source: Any, tokens_RT: torch.Tensor, growth: Growth, work: Path, progress: Progress) -> tuple[Any, Any]:
@@ -101,17 +105,16 @@ def grow(source: Any, tokens_RT: torch.Tensor, growth: Growth, work: Path, progr
     plan = choose(source, tokens_RT, growth, work, progress)
     student = _empty_student(source, plan, growth)
     teacher_RTD = blocks.embed(source, tokens_RT).detach()
-    if plan[0] == "gone":
-        raise AssertionError("the first block cannot go: it is where the student begins")
     student_RTD = teacher_RTD.clone()
     rotary = blocks.positions(source, teacher_RTD[:1])
     errors = []
     how = growth.fit
-    for index, (span, block) in enumerate(zip(_spans(plan), student.model.layers, strict=True)):
+    originals = [source.model.layers[layer] for layer in _kept(plan)]
+    for index, (span, block, original) in enumerate(zip(_spans(plan), student.model.layers, originals, strict=True)):
         for layer in span:
             teacher_RTD = regression.advance(source.model.layers[layer], teacher_RTD, rotary, how.rows, how.precision)
         errors.append(
-            _fit_or_load(block, source.model.layers[span.start], student_RTD, teacher_RTD, rotary, growth, work, index)
+            _fit_or_load(block, original, student_RTD, teacher_RTD, rotary, growth, work / f"block-{index:03d}")
         )
         student_RTD = regression.advance(block, student_RTD, rotary, how.rows, how.precision)
         progress.update(index + 1, len(student.model.layers), "block fitted", error=round(errors[-1][1], 5))
@@ -126,11 +129,10 @@ def _fit_or_load(
     targets_RTD: torch.Tensor,
     rotary: Any,
     growth: Growth,
-    work: Path,
-    index: int,
+    kept: Path,
 ) -> list[float]:
-    """Fit one block, or take it from the work folder where it has been fitted already."""
-    weights, errors = work / f"block-{index:03d}.safetensors", work / f"block-{index:03d}.json"
+    """Fit one block, or take it from `kept` (.safetensors and .json) where it has been fitted already."""
+    weights, errors = kept.with_suffix(".safetensors"), kept.with_suffix(".json")
     if errors.exists():
         block.load_state_dict(load_file(weights))
         loaded: list[float] = json.loads(errors.read_text())

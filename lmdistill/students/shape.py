@@ -17,6 +17,13 @@ def problems(config: Any, teacher: dict[str, Any]) -> list[tuple[str, str]]:
         _value(config.heads, teacher, "num_attention_heads"),
     )
     kv_heads = _value(config.kv_heads, teacher, "num_key_value_heads")
+    if config.architecture == "lfm2" and config.attention_layers in (0, config.layers):
+        found.append(
+            (
+                f"an lfm2 student with attention in {config.attention_layers} of {config.layers} layers is no hybrid",
+                "llama.cpp wants blocks of both kinds: change attention_layers, or use `architecture: llama`",
+            )
+        )
     if width % heads or heads % kv_heads:
         found.append(
             (

@@ -142,3 +142,12 @@ def test_formula_gives_the_published_counts(layers: str, parameters_of_lfm2: int
         layer_types=["full_attention"] * attention + ["conv"] * (depth - attention),
     )
     assert parameters.count(config) == parameters_of_lfm2
+
+
+def test_a_student_may_begin_at_any_block_of_the_teacher(source: Any, tokens_RT: torch.Tensor, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('["gone", "full", "local", "gone"]')
+    student, record = grow(source, tokens_RT, replace(GROWTH, layers=2), tmp_path, SilentProgress())
+    assert student.config.layer_types == ["full_attention", "conv"]
+    first, second = record["relative_error"]
+    assert first[0] > 1e-4  # it stands for two blocks, so it does not begin as their equal
+    assert second[1] < second[0]
