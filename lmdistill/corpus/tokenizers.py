@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdistill.errors import PreflightError
+from lmdistill.pipeline.stage import ModelRef, Planned
 
 ID_SECTIONS = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # what decides which ids a text gets
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -53,6 +54,19 @@ def chat_template_digest(folder: Path) -> str | None:
 def special_tokens(content: dict[str, Any]) -> list[str]:
     """The special tokens of a tokenizer.json."""
     return [added["content"] for added in content.get("added_tokens", []) if added["special"]]
+
+
+def planned_tokenizer(corpus: Planned, teacher: ModelRef | None) -> Path | None:
+    """The folder of the tokenizer that a planned corpus has or will have; None while it is not on this machine."""
+    if corpus.artefact is not None:
+        return corpus.artefact.out / "tokenizer"
+    spec = getattr(corpus.config, "tokenizer", None)
+    if spec is None:
+        return None if teacher is None else teacher.path
+    from lmdistill.assets import available
+
+    folder = available(spec)
+    return folder if folder is not None and (folder / "tokenizer.json").is_file() else None
 
 
 def token_bytes(folder: Path) -> NDArray[np.uint32]:

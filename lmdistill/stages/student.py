@@ -74,8 +74,11 @@ class StudentStage(Stage[StudentConfig]):
         return config.init != "checkpoint"
 
     def preflight(self, ctx: PreflightContext[StudentConfig]) -> list[LmdistillError]:
-        """The teacher can be grown from, and the shape is possible."""
-        if ctx.teacher is None or ctx.config.init == "checkpoint":
+        """The teacher can be grown from, and the shape is possible; a checkpoint has the corpus' tokens."""
+        if ctx.config.init == "checkpoint":
+            _check_tokens(ctx)
+            return []
+        if ctx.teacher is None:
             return []
         from lmdistill.students.shape import problems
 
@@ -105,3 +108,18 @@ class StudentStage(Stage[StudentConfig]):
                 f"{metrics['parameters_by_formula']:,}",
                 fix="report this with the recipe: the formula or the model is wrong",
             )
+
+
+def _check_tokens(ctx: PreflightContext[StudentConfig]) -> None:
+    """Raise PreflightError where the checkpoint means other tokens by the corpus' ids, as far as both are here."""
+    from lmdistill.assets import model_available
+    from lmdistill.corpus.tokenizers import planned_tokenizer
+    from lmdistill.teachers.token_maps import check_same_tokens, token_map
+
+    assert ctx.config.source is not None
+    folder, student = planned_tokenizer(ctx.one("corpus"), ctx.teacher), model_available(ctx.config.source)
+    if folder is None or student is None:
+        return
+    ours, theirs = f"the student {ctx.config.source.source}", "the corpus"
+    fix = "start from a model with the tokenizer of corpus and teacher, or grow one with `init: grow`"
+    check_same_tokens(token_map(student.path), token_map(folder), ours, theirs, fix)

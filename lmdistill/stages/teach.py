@@ -150,8 +150,10 @@ def _check_tokens(ctx: PreflightContext[TeachConfig]) -> None:
         return
     ours = token_map(ctx.teacher.path)
     _check_k(ctx.config.k, real_vocabulary(ours))
-    folder = _corpus_tokenizer(ctx)
-    if folder is not None:
+    from lmdistill.corpus.tokenizers import planned_tokenizer
+
+    folder = planned_tokenizer(ctx.one("corpus"), ctx.teacher)
+    if folder not in (None, ctx.teacher.path):
         check_same_tokens(token_map(folder), ours, "the corpus' tokenizer", "the teacher's")
 
 
@@ -160,18 +162,6 @@ def _check_k(k: int, vocabulary: int) -> None:
         raise PreflightError(
             f"k is {k}, the teacher's vocabulary has {vocabulary} tokens", fix=f"set k to {vocabulary} or less"
         )
-
-
-def _corpus_tokenizer(ctx: PreflightContext[TeachConfig]) -> Path | None:
-    """The tokenizer the corpus has or will have, where it is not the teacher's and already on this machine."""
-    from lmdistill.assets import available
-
-    corpus = ctx.one("corpus")
-    if corpus.artefact is not None:
-        return corpus.artefact.out / "tokenizer"
-    spec = getattr(corpus.config, "tokenizer", None)
-    folder = available(spec) if spec is not None else None
-    return folder if folder is not None and (folder / "tokenizer.json").is_file() else None
 
 
 def _check_splits(ctx: PreflightContext[TeachConfig]) -> None:

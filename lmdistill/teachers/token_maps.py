@@ -24,7 +24,12 @@ def real_vocabulary(tokens: dict[int, str]) -> int:
     return max(tokens) + 1
 
 
-def check_same_tokens(ours: dict[int, str], theirs: dict[int, str], our_name: str, their_name: str) -> None:
+RETOKENISE = "tokenise the corpus with the teacher's tokenizer: drop the corpus stage's `tokenizer`"
+
+
+def check_same_tokens(
+    ours: dict[int, str], theirs: dict[int, str], our_name: str, their_name: str, fix: str = RETOKENISE
+) -> None:
     """Raise PreflightError listing ids that stand for different tokens in two maps."""
     conflicts = [number for number in sorted({*ours, *theirs}) if ours.get(number) != theirs.get(number)]
     if not conflicts:
@@ -33,5 +38,5 @@ def check_same_tokens(ours: dict[int, str], theirs: dict[int, str], our_name: st
     raise PreflightError(
         f"{our_name} and {their_name} have different token maps: {len(conflicts)} ids differ",
         why=listed + (", …" if len(conflicts) > SHOWN else ""),
-        fix="tokenise the corpus with the teacher's tokenizer: drop the corpus stage's `tokenizer`",
+        fix=fix,
     )
