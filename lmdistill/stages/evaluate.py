@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -76,8 +75,8 @@ class EvaluateStage(Stage[EvaluateConfig]):
         return True
 
     def preflight(self, ctx: PreflightContext[EvaluateConfig]) -> list[LmdistillError]:
-        """Runtimes, gates' names and disk space."""
-        return [*_missing_runtimes(ctx), *_wrong_gates(ctx), *_little_disk(ctx)]
+        """Runtimes and gates' names; disk and memory are held against the estimate by the pipeline."""
+        return [*_missing_runtimes(ctx), *_wrong_gates(ctx)]
 
     def estimate(self, ctx: PreflightContext[EvaluateConfig]) -> Estimate:
         """Scoring at the pace of a small model on two cores, and the scratch references."""
@@ -167,15 +166,3 @@ def _memory_bytes(ctx: PreflightContext[EvaluateConfig]) -> int | None:
         return None
     weights = sum(file.stat().st_size for file in ctx.teacher.path.glob("*.safetensors"))
     return weights + LOGIT_COPIES * 4 * int(length) * _vocabulary(ctx.teacher)
-
-
-def _little_disk(ctx: PreflightContext[EvaluateConfig]) -> Iterable[LmdistillError]:
-    wanted = _reference_bytes(ctx) or 0
-    folder = next(path for path in (ctx.run_dir, *ctx.run_dir.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    if wanted > free:
-        yield PreflightError(
-            f"stage '{ctx.name}' needs {wanted / 2**30:.1f} GiB of disk for a while, {free / 2**30:.1f} are free",
-            why="the teacher's and a parent's log-probabilities over the whole vocabulary are kept while scoring",
-            fix="free some space, or lower `tokens`",
-        )

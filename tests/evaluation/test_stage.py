@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +18,12 @@ from lmdistill.stages.evaluate import EvaluateConfig, EvaluateStage
 from lmdistill.stages.export import ExportConfig
 
 
-def preflight(config: EvaluateConfig, run_dir: Path, teacher: ModelRef | None = None) -> list[str]:
+def preflight(config: EvaluateConfig, run_dir: Path) -> list[str]:
     """The messages of evaluate's preflight after one model and one export in f16 and q4_0."""
     model = Planned("distill", "distill", "model", "1", StageConfig())
     export = Planned("export", "export", "deployment", "2", ExportConfig(formats=("f16", "q4_0")))
     inputs = {"models": [model], "deployments": [export]}
-    ctx = PreflightContext("evaluate", config, inputs, teacher, run_dir)
+    ctx = PreflightContext("evaluate", config, inputs, None, run_dir)
     return [str(error) for error in EvaluateStage().preflight(ctx)]
 
 
@@ -103,15 +102,17 @@ def test_gates_that_can_be_held_pass(tmp_path: Path) -> None:
     assert preflight(EvaluateConfig.model_validate({"gates": gates}), tmp_path / "not" / "there" / "yet") == []
 
 
-def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimate_counts_the_references_on_disk(tmp_path: Path) -> None:
+    """Log-probabilities over the whole vocabulary, teacher's and a parent's, four bytes each; none without KL."""
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 50_000}))
     teacher = ModelRef("teacher", tmp_path, "d")
-    usage = shutil.disk_usage(tmp_path)._replace(free=10**9)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert preflight(EvaluateConfig(tokens=1000), tmp_path, teacher) == []  # 0.4 GB
-    (message,) = preflight(EvaluateConfig(tokens=8192), tmp_path, teacher)
-    assert "needs 3.1 GiB of disk" in message and "lower `tokens`" in message
-    assert preflight(EvaluateConfig(tokens=8192, metrics=("speed",)), tmp_path, teacher) == []
+
+    def disk(**keys: Any) -> int | None:
+        ctx = PreflightContext("evaluate", EvaluateConfig.model_validate(keys), {}, teacher, tmp_path)
+        return EvaluateStage().estimate(ctx).disk_bytes
+
+    assert disk(tokens=1000) == pytest.approx(2 * 4 * 1000 * 50_000, rel=0.01)
+    assert disk(tokens=1000, metrics=("speed",)) == 0
 
 
 def test_importing_the_stage_is_light() -> None:
