@@ -143,9 +143,7 @@ class Runner:
     def _compare(self, step: Step, before: Json | None, folder: Path) -> None:
         """Say so where an artefact was there before and has not come out the same; a report's timings never do."""
         if before is not None and step.entry.stage.output != "report" and read_manifest(folder) != before:
-            text = (
-                f"'{step.name}' came out with other bytes than before from the same key; what depends on it is stale"
-            )
+            text = f"'{step.name}' came out with other bytes than before from the same key; what depends on it is stale"
             self.events.emit("note", stage=step.name, text=text)
 
     def _make(self, step: Step, place: Json) -> Artefact:
