@@ -111,6 +111,20 @@ def separator_id(tokenizer: Any, separator: str) -> int | None:
     return int(found)
 
 
+def declares(folder: Path, separator: str) -> bool:
+    """Whether the tokenizer's files alone, read without transformers, show that it has this separator."""
+    if separator == "none":
+        return True
+    content, config = read_tokenizer_json(folder), folder / "tokenizer_config.json"
+    token: Any = separator
+    if separator in ("eos", "bos"):
+        token = json.loads(config.read_text()).get(f"{separator}_token") if config.exists() else None
+        token = token["content"] if isinstance(token, dict) else token
+    known = {added["content"] for added in content.get("added_tokens", [])}
+    vocabulary = content["model"]["vocab"]
+    return token in known or (isinstance(vocabulary, dict) and token in vocabulary)
+
+
 def pad_id(tokenizer: Any) -> int:
     """What padding is filled with: the tokenizer's own, else its EOS, else 0; flags say what is padding."""
     chosen = [tokenizer.pad_token_id, tokenizer.eos_token_id]

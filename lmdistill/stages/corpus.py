@@ -116,7 +116,8 @@ def _check_tokenizer(config: CorpusConfig, folder: Path) -> None:
             f"sequence_length {config.sequence_length} is above the model's maximum of {maximum} tokens",
             fix=f"set `sequence_length:` to at most {maximum}",
         )
-    tokenizers.separator_id(load_tokenizer(folder), config.separator)
+    if not tokenizers.declares(folder, config.separator):  # transformers, which takes seconds to import, may know more
+        tokenizers.separator_id(load_tokenizer(folder), config.separator)
 
 
 def _size(path: Path) -> int:

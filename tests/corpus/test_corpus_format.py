@@ -105,3 +105,17 @@ def test_caps_bound_the_rows(make: Make, write: Write) -> None:
     for packing in ("concat", "isolate", "single"):
         reader = make(sources=[write(data)], train_tokens=100, packing=packing)
         assert len(reader.split("train")) == 100 // 16
+
+
+@pytest.mark.parametrize("separator", ["eos", "bos", "none", "<|endoftext|>", "the", "<|nothing|>", "<|nothing|> the"])
+def test_the_files_declare_what_the_tokenizer_has(tokenizer_folder: Path, separator: str) -> None:
+    """What the files show without transformers is what transformers finds."""
+    from lmdistill.checkpoints import load_tokenizer
+    from lmdistill.corpus.tokenizers import declares, separator_id
+    from lmdistill.errors import PreflightError
+
+    if declares(tokenizer_folder, separator):
+        assert (separator_id(load_tokenizer(tokenizer_folder), separator) is None) == (separator == "none")
+    else:
+        with pytest.raises(PreflightError):
+            separator_id(load_tokenizer(tokenizer_folder), separator)
