@@ -1,0 +1,64 @@
+"""The recipes that come along: every key has its comment, and each plans with no network and nothing fetched."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lmdistill.recipe import load_recipe, shipped_recipes
+
+RECIPES = shipped_recipes()
+COMMENT = re.compile(r"(^|\s)# \S")
+# Loaded by every Python process at its start: an attempt to reach the network leaves a trace and fails.
+NO_NETWORK = """
+import pathlib, socket
+
+def refuse(self, address):
+    if self.family != socket.AF_UNIX:
+        pathlib.Path({trace!r}).write_text(repr(address))
+        raise OSError("no network in this test")
+
+socket.socket.connect = socket.socket.connect_ex = refuse
+"""
+
+
+def test_the_promised_recipes_are_there() -> None:
+    assert {"smoke", "lfm_small", "lfm_350m"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_key_has_a_comment_and_the_file_a_summary(name: str) -> None:
+    summary, *lines = RECIPES[name].read_text(encoding="utf-8").splitlines()
+    assert summary.startswith("# ") and summary.endswith(".") and len(summary) > 30
+    bare = [line for line in lines if line.strip() and not COMMENT.search(line)]
+    assert bare == []
+    assert load_recipe(RECIPES[name]).name == name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_plans_with_no_network_and_fetches_nothing(name: str, tmp_path: Path) -> None:
+    trace, cache = tmp_path / "trace", tmp_path / "cache"
+    (tmp_path / "sitecustomize.py").write_text(NO_NETWORK.format(trace=str(trace)))
+    done = subprocess.run(
+        [sys.executable, "-m", "lmdistill", "pipeline", name, "--dry-run"],
+        env={**os.environ, "LMDISTILL_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for step in load_recipe(name).entries:
+        assert re.search(rf"^ +\d+ +{step.name} .* run ", done.stdout, re.MULTILINE), done.stdout
+    recipe = load_recipe(name)
+    assert recipe.teacher is not None
+    sources = [recipe.teacher.source, *(asset.source for asset in recipe.entry("corpus").config.sources)]  # type: ignore[attr-defined]
+    assert [line.removeprefix("would fetch: ") for line in done.stdout.splitlines() if "would fetch" in line] == sources
+    assert not trace.exists(), trace.read_text()
+    assert not [file for file in cache.rglob("*") if file.is_file()]
+    assert {path.name for path in tmp_path.iterdir()} <= {"sitecustomize.py", "__pycache__", "cache"}
