@@ -36,3 +36,13 @@ def planned_config(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> di
         "block_auto_adjust_ff_dim": False,
         "tie_word_embeddings": True,
     }
+
+
+def planned_parameters(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> int | None:
+    """How many parameters that student will have, by formula; None where the plan does not say."""
+    from types import SimpleNamespace
+
+    from lmdistill.students import parameters
+
+    config = planned_config(student, teacher)
+    return None if config is None else parameters.count(SimpleNamespace(**config))

@@ -5,80 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, model_validator
+import sysconfig
+from pathlib import Path
+from typing import Any
 
 from lmdistill.errors import IntegrityError, LmdistillError, PreflightError, nearest
-from lmdistill.pipeline.stage import Estimate, Input, PreflightContext, RuntimeKey, Stage, StageConfig, StageContext
+from lmdistill.pipeline.stage import Estimate, Input, PreflightContext, Stage, StageContext
+from lmdistill.training.config import DistillConfig
 
-
-class DistillConfig(StageConfig):
-    """Keys of `distill`."""
-
-    loss: str = Field(default="decoupled_topk", description="a loss of lmdistill/losses by name; ce is the baseline")
-    kd_weight: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.9, description="λ: weight of the distillation loss; cross-entropy has the rest"
-    )
-    mix: Literal["convex", "additive"] = Field(
-        default="convex", description="convex: (1−λ)·CE + λ·KD; additive: CE + λ·KD"
-    )
-    temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="τ inside the teacher's top K")
-    mass_weighted: bool = Field(default=True, description="weigh the tempered term with the teacher's top-K mass P")
-    hinton_scaled: bool = Field(default=False, description="multiply the tempered term by τ²")
-    tokens: Annotated[int, Field(ge=1)] = Field(
-        default=1_000_000, description="tokens to train on; more than the cache holds means several epochs"
-    )
-    batch_rows: Annotated[int, Field(ge=1)] = Field(default=8, description="rows of the cache in an optimiser step")
-    lr: Annotated[float, Field(gt=0)] = Field(
-        default=2e-3, description="peak step; with lr_scale: relative, in units of each tensor's root mean square"
-    )
-    lr_scale: Literal["relative", "absolute"] = Field(
-        default="relative", description="relative suits grown students, whose tensors differ in scale"
-    )
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
-        default="cosine", description="of the step size, after warm-up"
-    )
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, description="share of the steps to warm up in")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="decoupled, matrices only")
-    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="AdamW's first moment")
-    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.95, description="AdamW's second moment")
-    clip: Annotated[float, Field(gt=0)] = Field(default=1.0, description="largest norm of the gradient")
-    freeze: tuple[str, ...] = Field(default=(), description="globs of parameter names that are not trained")
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="bfloat16", description="of matrix products; weights, optimiser and loss are float32"
-    )
-    seed: int = Field(default=0, description="of the data order")
-    log_steps: Annotated[int, Field(ge=1)] = Field(
-        default=5, description="steps from one point of the curve to the next"
-    )
-    compile: bool = Field(
-        default=False, description="compile the blocks with torch.compile: faster steps, needs a C++ compiler on CPU"
-    )
-    save_grid: Literal["float16", "float32"] = Field(
-        default="float16", description="float16: matrices are saved rounded to it, and an f16 file is the checkpoint"
-    )
-    micro_rows: Annotated[int | None, RuntimeKey()] = Field(
-        default=None, description="rows at once; the rest of batch_rows is accumulated"
-    )
-    chunk: Annotated[int, RuntimeKey(), Field(ge=1)] = Field(
-        default=512, description="positions whose logits are held at once"
-    )
-    checkpoint_steps: Annotated[int, RuntimeKey(), Field(ge=1)] = Field(
-        default=50, description="steps from one resume point to the next"
-    )
-
-    @model_validator(mode="after")
-    def _batch_divides(self) -> DistillConfig:
-        if self.micro_rows and self.batch_rows % self.micro_rows:
-            raise ValueError(f"micro_rows {self.micro_rows} does not divide batch_rows {self.batch_rows}")
-        return self
-
-    def weights(self) -> tuple[float, float]:
-        """Weights of the distillation loss and of cross-entropy."""
-        if self.loss == "ce":
-            return 0.0, 1.0
-        return self.kd_weight, 1.0 if self.mix == "additive" else 1.0 - self.kd_weight
+SPLIT = "train"  # what training reads
+CPU_FLOPS = 2e11  # operations a second of two laptop cores in bfloat16, measured
 
 
 class DistillStage(Stage[DistillConfig]):
@@ -104,19 +40,40 @@ class DistillStage(Stage[DistillConfig]):
                     fix=f"one of: {', '.join(known)}",
                 )
             )
-        if ctx.config.compile and shutil.which(os.environ.get("CXX", "c++")) is None:
+        header = Path(sysconfig.get_path("include")) / "Python.h"
+        if ctx.config.compile and not (shutil.which(os.environ.get("CXX", "g++")) and header.exists()):
             problems.append(
                 PreflightError(
-                    f"stage '{ctx.name}': `compile: true` needs a C++ compiler, and there is none",
-                    fix="install g++ (or set CXX), or set `compile: false`",
+                    f"stage '{ctx.name}': `compile: true` needs g++ and Python's headers, and one of them is missing",
+                    why=f"looked for {os.environ.get('CXX', 'g++')} and {header}",
+                    fix="install g++ and python3-dev (or set CXX), or set `compile: false`",
                 )
             )
-        return problems
+        return problems + _unscored_split(ctx)
 
     def estimate(self, ctx: PreflightContext[DistillConfig]) -> Estimate:
-        """At the pace of a 0.1 B student on two cores; disk for two resume points and the model."""
+        """From the planned student's size: six operations a parameter and token; two resume points and the model."""
+        from lmdistill.deployment.planned import planned_parameters
+
+        student, corpus = ctx.ancestor("student"), ctx.ancestor("corpus")
+        if student is None or ctx.teacher is None or not (ctx.teacher.path / "config.json").exists():
+            return Estimate(note="known when the teacher is on this machine")
+        teacher = json.loads((ctx.teacher.path / "config.json").read_text())
+        parameters = planned_parameters(student.config.model_dump(), teacher)
+        if parameters is None:
+            return Estimate(note="the student's size is its checkpoint's")
+        length = getattr(corpus.config, "sequence_length", 1024) if corpus else 1024
+        rows = ctx.config.micro_rows or ctx.config.batch_rows
+        shape = student.config.model_dump()
+        width = shape.get("hidden_size") or teacher["hidden_size"]
+        inner = shape.get("intermediate_size") or teacher["intermediate_size"]
+        activations = 2 * rows * length * shape["layers"] * (34 * width + 6 * inner)
+        logits = 12 * ctx.config.chunk * teacher["vocab_size"]
         return Estimate(
-            ctx.config.tokens / 300, 3 * 1_100_000_000, 3_000_000_000, "time for a 0.1 B student on 2 cores"
+            6 * parameters * ctx.config.tokens / CPU_FLOPS,
+            2 * 12 * parameters + 4 * parameters,
+            16 * parameters + activations + logits,
+            f"{parameters / 1e6:,.0f} M parameters; time on two CPU cores",
         )
 
     def run(self, ctx: StageContext[DistillConfig]) -> dict[str, Any]:
@@ -130,12 +87,12 @@ class DistillStage(Stage[DistillConfig]):
         if ctx.runtime.threads:
             torch.set_num_threads(ctx.runtime.threads)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
-        reader = SignalsReader(ctx.one("signals").out)
+        reader = SignalsReader(ctx.one("signals").out, SPLIT)
         student = ctx.one("student").model()
         place = Place(
             student.path, ctx.out / "model", ctx.work / "checkpoints", ctx.runtime.resolve_device(), student.digest
         )
-        record = train(reader, _settings(ctx.config, reader.manifest), place, ctx.progress)
+        record = train(reader, ctx.config, place, ctx.progress)
         (ctx.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
         return {
             "tokens": record["tokens"],
@@ -155,34 +112,14 @@ class DistillStage(Stage[DistillConfig]):
             raise IntegrityError(f"the loss of '{ctx.name}' is {final}", fix="lower `lr`, or use `precision: float32`")
 
 
-def _settings(config: DistillConfig, manifest: Any) -> Any:
-    from lmdistill.training.run import Settings
-
-    kd_weight, ce_weight = config.weights()
-    return Settings(
-        loss=config.loss,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        temperature=config.temperature,
-        mass_weighted=config.mass_weighted,
-        hinton_scaled=config.hinton_scaled,
-        tokens=config.tokens,
-        batch_rows=config.batch_rows,
-        lr=config.lr,
-        relative=config.lr_scale == "relative",
-        schedule=config.schedule,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        betas=(config.beta1, config.beta2),
-        clip=config.clip,
-        precision=config.precision,
-        seed=config.seed,
-        isolate=manifest.packing == "isolate",
-        log_steps=config.log_steps,
-        compile=config.compile,
-        save_grid=config.save_grid,
-        freeze=list(config.freeze),
-        micro_rows=config.micro_rows,
-        chunk=config.chunk,
-        checkpoint_steps=config.checkpoint_steps,
-    )
+def _unscored_split(ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
+    """The cache will have the split that training reads."""
+    splits = [getattr(planned.config, "splits", (SPLIT,)) for planned in ctx.inputs.get("signals", ())]
+    if all(SPLIT in names for names in splits):
+        return []
+    return [
+        PreflightError(
+            f"stage '{ctx.name}' trains on the split '{SPLIT}', which its teacher cache will not have",
+            fix=f"add '{SPLIT}' to the teach stage's `splits`",
+        )
+    ]

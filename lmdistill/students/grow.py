@@ -8,6 +8,7 @@ Axes: R rows, T positions, D hidden width.
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,7 @@ def choose(model: Any, tokens_RT: torch.Tensor, growth: Growth, work: Path, prog
     if kept.exists():
         plan: list[Fate] = json.loads(kept.read_text())
         return plan
-    scored = model.to(torch.bfloat16) if growth.fit.precision == "bfloat16" else model
-    scorer = PlanScorer(scored, tokens_RT[: growth.selection_rows])
+    scorer = PlanScorer(_in_precision(model, growth.fit.precision), tokens_RT[: growth.selection_rows])
     total = len(scorer.layers)
     plan = ["full"] * total
     for fate, count in (("gone", total - growth.layers), ("local", growth.layers - growth.attention_layers)):
@@ -53,9 +53,18 @@ def choose(model: Any, tokens_RT: torch.Tensor, growth: Growth, work: Path, prog
 
         if count:
             plan = selection.greedy(scorer, plan, fate, count, growth.selection_width, report)  # type: ignore[arg-type]
-    model.to(torch.float32)
     write_json(kept, plan)
     return plan
+
+
+def _in_precision(model: Any, precision: str) -> Any:
+    """`model`, or a copy of it with weights in `precision`; buffers (rotary frequencies) keep every digit."""
+    if precision == "float32":
+        return model
+    rounded = copy.deepcopy(model)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.to(getattr(torch, precision))
+    return rounded
 
 
 def write_json(path: Path, content: Any) -> None:

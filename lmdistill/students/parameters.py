@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lmdistill.errors import LmdistillError
+
 
 def lfm2(config: Any) -> int:
     """V·d + n_conv(4d²+k·d) + n_attn(2d²+2·d·kv·hd+2hd) + L(3·d·ff+2d) + d, tied (LFM2, arXiv 2511.23404)."""
@@ -31,5 +33,10 @@ FORMULAS = {"lfm2": lfm2, "llama": llama}
 
 
 def count(config: Any) -> int:
-    """The number of parameters of a model with this config, tied ones once."""
+    """The number of parameters of a model with this config, tied ones once; LmdistillError for another type."""
+    if config.model_type not in FORMULAS:
+        raise LmdistillError(
+            f"a student of type '{config.model_type}' is not known here",
+            fix=f"take one of: {', '.join(FORMULAS)}",
+        )
     return FORMULAS[config.model_type](config)

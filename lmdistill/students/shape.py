@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-GROWABLE = ("llama",)  # blocks of norm, attention, norm, gated MLP, without biases
+GROWABLE = ("llama",)  # blocks of norm, attention, norm, gated MLP
+NORM_EPS, ROPE_THETA = 1e-5, 10_000.0  # where the teacher's config names none
+Problem = tuple[str, str]  # what, what to do
 
 
-def problems(config: Any, teacher: dict[str, Any]) -> list[tuple[str, str]]:
+def problems(config: Any, teacher: dict[str, Any]) -> list[Problem]:
     """What is wrong with the asked student, as (what, what to do), before anything is loaded."""
-    found = []
+    found: list[Problem] = []
     if config.init == "grow":
         found += _growth_problems(config, teacher)
+        if config.architecture == "lfm2" and teacher["model_type"] in GROWABLE:
+            found += _exactness_problems(teacher)
     width, heads = (
         _value(config.hidden_size, teacher, "hidden_size"),
         _value(config.heads, teacher, "num_attention_heads"),
@@ -34,7 +38,22 @@ def problems(config: Any, teacher: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def _growth_problems(config: Any, teacher: dict[str, Any]) -> list[tuple[str, str]]:
+def _exactness_problems(teacher: dict[str, Any]) -> list[Problem]:
+    """What a Llama-like teacher may have that an Lfm2 model has no place for."""
+    found = []
+    instead = "use `architecture: llama`, or `init: random`"
+    if not teacher.get("tie_word_embeddings", False):
+        found.append(("the teacher's head is not tied to its embeddings, an lfm2 student's is", instead))
+    if teacher.get("attention_bias") or teacher.get("mlp_bias"):
+        found.append(("the teacher's projections have biases, an lfm2 student's have none", instead))
+    heads = teacher["num_attention_heads"]
+    head = teacher.get("head_dim") or teacher["hidden_size"] // heads
+    if heads * head != teacher["hidden_size"]:
+        found.append((f"lfm2 needs heads × head width = width; the teacher has {heads} × {head}", instead))
+    return found
+
+
+def _growth_problems(config: Any, teacher: dict[str, Any]) -> list[Problem]:
     found = []
     if teacher["model_type"] not in GROWABLE:
         found.append(
@@ -68,20 +87,34 @@ def layer_types(layers: int, attention: int) -> list[str]:
 
 def random_config(config: Any, teacher: Any) -> Any:
     """The transformers config of a student from random, with the teacher's vocabulary and, where null, its widths."""
-    import copy
+    from transformers import LlamaConfig
 
     from lmdistill.students.lfm2 import config_like
 
-    like = copy.deepcopy(teacher)
-    like.hidden_size = config.hidden_size or teacher.hidden_size
-    like.intermediate_size = config.intermediate_size or teacher.intermediate_size
-    like.num_attention_heads = config.heads or teacher.num_attention_heads
-    like.num_key_value_heads = config.kv_heads or teacher.num_key_value_heads
-    like.head_dim = like.hidden_size // like.num_attention_heads
-    like.num_hidden_layers = config.layers
+    width = config.hidden_size or teacher.hidden_size
+    heads = config.heads or teacher.num_attention_heads
+    like = LlamaConfig(
+        vocab_size=teacher.vocab_size,
+        hidden_size=width,
+        intermediate_size=config.intermediate_size or teacher.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=config.kv_heads or getattr(teacher, "num_key_value_heads", None) or heads,
+        head_dim=width // heads,
+        max_position_embeddings=teacher.max_position_embeddings,
+        rms_norm_eps=getattr(teacher, "rms_norm_eps", NORM_EPS),
+        rope_parameters={"rope_type": "default", "rope_theta": _rope_theta(teacher)},
+        tie_word_embeddings=True,
+        bos_token_id=teacher.bos_token_id,
+        eos_token_id=teacher.eos_token_id,
+        pad_token_id=teacher.pad_token_id,
+    )
     if config.architecture == "lfm2":
-        return config_like(
-            like, layer_types(config.layers, config.attention_layers), config.kernel, teacher.rms_norm_eps
-        )
-    like.tie_word_embeddings = True
+        return config_like(like, layer_types(config.layers, config.attention_layers), config.kernel, like.rms_norm_eps)
     return like
+
+
+def _rope_theta(teacher: Any) -> float:
+    """The teacher's rotary base; a scaled rotary embedding is for contexts a student from random has not seen."""
+    parameters = getattr(teacher, "rope_parameters", None) or {}
+    return float(parameters.get("rope_theta") or getattr(teacher, "rope_theta", None) or ROPE_THETA)

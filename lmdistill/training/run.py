@@ -3,47 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lmdistill.errors import IntegrityError
+from lmdistill.pipeline.keys import semantic
 from lmdistill.pipeline.stage import Progress
 from lmdistill.signals.reader import SignalsReader
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a distillation run is; all of it changes the result but the last three."""
-
-    loss: str
-    kd_weight: float
-    ce_weight: float
-    temperature: float
-    mass_weighted: bool
-    hinton_scaled: bool
-    tokens: int
-    batch_rows: int
-    lr: float
-    relative: bool
-    schedule: str
-    warmup: float
-    weight_decay: float
-    betas: tuple[float, float]
-    clip: float
-    precision: str
-    seed: int
-    isolate: bool
-    log_steps: int
-    compile: bool
-    save_grid: str
-    freeze: list[str] = field(default_factory=list)
-    micro_rows: int | None = None
-    chunk: int = 256
-    checkpoint_steps: int = 50
-
-
-RUNTIME_ONLY = ("micro_rows", "chunk", "checkpoint_steps")
+from lmdistill.training.config import DistillConfig
 
 
 @dataclass(frozen=True)
@@ -57,12 +25,12 @@ class Place:
     student_digest: str
 
 
-def steps_of(settings: Settings, row_tokens: int) -> int:
+def steps_of(config: DistillConfig, row_tokens: int) -> int:
     """Optimiser steps that `tokens` make, at least one."""
-    return max(1, settings.tokens // (settings.batch_rows * row_tokens))
+    return max(1, config.tokens // (config.batch_rows * row_tokens))
 
 
-def train(reader: SignalsReader, settings: Settings, place: Place, progress: Progress) -> dict[str, Any]:
+def train(reader: SignalsReader, config: DistillConfig, place: Place, progress: Progress) -> dict[str, Any]:
     """Train, resuming from `place.work`, and save to `place.output`; returns the record for training.json.
 
     Raises IntegrityError where the checkpoints in `place.work` belong to other data, student or settings.
@@ -73,20 +41,20 @@ def train(reader: SignalsReader, settings: Settings, place: Place, progress: Pro
     from lmdistill.training import optimizer
     from lmdistill.training.trainer import last_checkpoint
 
-    set_seed(settings.seed)
+    set_seed(config.seed)
     refuse_other_tokens(reader, place.student)
-    refuse_foreign_checkpoints(reader, settings, place)
+    refuse_foreign_checkpoints(reader, config, place)
     model = load_model(place.student, device=place.device)
-    frozen = optimizer.freeze(model, settings.freeze)
-    if settings.compile:
+    frozen = optimizer.freeze(model, list(config.freeze))
+    if config.compile:
         compile_blocks(model)
-    trainer = _trainer(model, reader, settings, place, progress)
+    trainer = _trainer(model, reader, config, place, progress)
     trainer.train_from(last_checkpoint(place.work))
     model.__dict__.pop("forward")
-    if settings.save_grid == "float16":
+    if config.save_grid == "float16":
         round_matrices(model)
     save_model(model.float(), place.output, tokenizer_from=place.student)
-    return _record(reader, settings, trainer.state, frozen, model)
+    return _record(reader, config, trainer.state, frozen, model)
 
 
 def compile_blocks(model: Any) -> None:
@@ -100,13 +68,23 @@ def compile_blocks(model: Any) -> None:
 
 
 def round_matrices(model: Any) -> None:
-    """Round matrices and taps to the nearest float16, so that an f16 file holds this checkpoint digit for digit."""
+    """Round matrices and taps to the nearest float16, so that an f16 file holds this checkpoint digit for digit.
+
+    Raises IntegrityError for a value that float16 cannot hold.
+    """
     import torch
 
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(parameter.half())
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            rounded = parameter.half()
+            if not torch.isfinite(rounded).all():
+                raise IntegrityError(
+                    f"{name} has values beyond float16's {torch.finfo(torch.float16).max:.0f}",
+                    fix="set `save_grid: float32`; the checkpoint is then not what an f16 file holds",
+                )
+            parameter.copy_(rounded)
 
 
 def refuse_other_tokens(reader: SignalsReader, student: Path) -> None:
@@ -122,11 +100,9 @@ def refuse_other_tokens(reader: SignalsReader, student: Path) -> None:
         )
 
 
-def refuse_foreign_checkpoints(reader: SignalsReader, settings: Settings, place: Place) -> None:
+def refuse_foreign_checkpoints(reader: SignalsReader, config: DistillConfig, place: Place) -> None:
     """Bind the work folder to this data, student and settings, or refuse it if it is bound to others."""
-    semantic = {key: value for key, value in asdict(settings).items() if key not in RUNTIME_ONLY}
-    identity = {"signals": reader.digest, "student": place.student_digest, "settings": semantic}
-    identity = json.loads(json.dumps(identity))
+    identity = {"signals": reader.digest, "student": place.student_digest, "settings": _semantic(config)}
     bound = place.work / "belongs_to.json"
     if bound.exists():
         other = json.loads(bound.read_text())
@@ -144,7 +120,12 @@ def refuse_foreign_checkpoints(reader: SignalsReader, settings: Settings, place:
     partial.rename(bound)
 
 
-def _trainer(model: Any, reader: SignalsReader, settings: Settings, place: Place, progress: Progress) -> Any:
+def _semantic(config: DistillConfig) -> Any:
+    """The keys that change the result, as plain JSON."""
+    return semantic(config, str)
+
+
+def _trainer(model: Any, reader: SignalsReader, config: DistillConfig, place: Place, progress: Progress) -> Any:
     from lmdistill.losses import registry
     from lmdistill.losses.fused_head import Mix
     from lmdistill.losses.registry import LossOptions
@@ -152,44 +133,44 @@ def _trainer(model: Any, reader: SignalsReader, settings: Settings, place: Place
     from lmdistill.training.student_forward import attach_loss
     from lmdistill.training.trainer import CheckpointSeal, DistillationTrainer, ProgressReport
 
-    options = LossOptions(settings.temperature, settings.mass_weighted, settings.hinton_scaled)
-    mix = Mix(registry.get(settings.loss), options, settings.kd_weight, settings.ce_weight)
-    attach_loss(model, mix, settings.chunk)
-    steps = steps_of(settings, reader.row_tokens)
-    order = row_order(reader.rows, steps * settings.batch_rows, settings.seed)
+    options = LossOptions(config.temperature, config.mass_weighted, config.hinton_scaled)
+    mix = Mix(registry.get(config.loss), options, *config.weights())
+    attach_loss(model, mix, config.chunk)
+    steps = steps_of(config, reader.row_tokens)
+    order = row_order(reader.rows, steps * config.batch_rows, config.seed)
     return DistillationTrainer(
         model=model,
-        args=_arguments(settings, place, steps),
+        args=_arguments(config, place, steps),
         train_dataset=RowDataset(order),
-        data_collator=SignalsCollator(reader, settings.isolate),
-        callbacks=[CheckpointSeal(), ProgressReport(progress, settings.batch_rows * reader.row_tokens)],
-        lr=settings.lr,
-        relative=settings.relative,
+        data_collator=SignalsCollator(reader, reader.manifest.packing == "isolate"),
+        callbacks=[CheckpointSeal(), ProgressReport(progress, config.batch_rows * reader.row_tokens)],
+        lr=config.lr,
+        relative=config.lr_scale == "relative",
     )
 
 
-def _arguments(settings: Settings, place: Place, steps: int) -> Any:
+def _arguments(config: DistillConfig, place: Place, steps: int) -> Any:
     from transformers import TrainingArguments
 
-    micro = settings.micro_rows or settings.batch_rows
+    micro = config.micro_rows or config.batch_rows
     # A checkpoint lies on a line of the log, so that no line is computed from half an interval after a resume.
-    every = max(1, settings.checkpoint_steps // settings.log_steps) * settings.log_steps
+    every = max(1, config.checkpoint_steps // config.log_steps) * config.log_steps
     return TrainingArguments(
         output_dir=str(place.work),
         max_steps=steps,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=settings.batch_rows // micro,
-        learning_rate=settings.lr,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=round(settings.warmup * steps),
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.betas[0],
-        adam_beta2=settings.betas[1],
-        max_grad_norm=settings.clip,
-        bf16=settings.precision == "bfloat16",
+        gradient_accumulation_steps=config.batch_rows // micro,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=round(config.warmup * steps),
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        max_grad_norm=config.clip,
+        bf16=config.precision == "bfloat16",
         use_cpu=place.device == "cpu",
-        seed=settings.seed,
-        logging_steps=settings.log_steps,
+        seed=config.seed,
+        logging_steps=config.log_steps,
         save_steps=every,
         save_total_limit=2,
         remove_unused_columns=False,
@@ -200,23 +181,22 @@ def _arguments(settings: Settings, place: Place, steps: int) -> Any:
     )
 
 
-def _record(reader: SignalsReader, settings: Settings, state: Any, frozen: int, model: Any) -> dict[str, Any]:
+def _record(reader: SignalsReader, config: DistillConfig, state: Any, frozen: int, model: Any) -> dict[str, Any]:
     """What training.json says: settings, digests and the loss curve; nothing that differs from run to run."""
-    per_step = settings.batch_rows * reader.row_tokens
+    per_step = config.batch_rows * reader.row_tokens
     log = [
         {"step": line["step"], "tokens": line["step"] * per_step}
         | {key: line[key] for key in ("loss", "kd", "ce", "grad_norm", "learning_rate") if key in line}
         for line in state.log_history
         if "loss" in line
     ]
-    semantic = {key: value for key, value in asdict(settings).items() if key not in RUNTIME_ONLY}
     return {
-        "loss": settings.loss,
-        "settings": semantic,
+        "loss": config.loss,
+        "settings": _semantic(config),
         "signals": reader.digest,
         "steps": state.global_step,
         "tokens": state.global_step * per_step,
-        "epochs": round(state.global_step * settings.batch_rows / reader.rows, 4),
+        "epochs": round(state.global_step * config.batch_rows / reader.rows, 4),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "frozen": frozen,
         "log": log,

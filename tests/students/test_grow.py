@@ -108,17 +108,22 @@ def test_a_grown_student_has_its_shape_its_parameters_and_learns_its_blocks(
     assert all(after < before for before, after in record["relative_error"] if before > 1e-5)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_growth_stopped_after_any_step_ends_with_the_same_weights(
-    source: Any, tokens_RT: torch.Tensor, tmp_path: Path
+    precision: str, source: Any, tokens_RT: torch.Tensor, tmp_path: Path
 ) -> None:
+    growth = replace(GROWTH, fit=replace(GROWTH.fit, precision=precision))
+    before = {name: tensor.clone() for name, tensor in [*source.named_parameters(), *source.named_buffers()]}
     (tmp_path / "whole").mkdir()
-    whole, _ = grow(source, tokens_RT, GROWTH, tmp_path / "whole", SilentProgress())
+    whole, _ = grow(source, tokens_RT, growth, tmp_path / "whole", SilentProgress())
+    for name, tensor in [*source.named_parameters(), *source.named_buffers()]:
+        assert torch.equal(tensor, before[name]), f"growing changed the source's {name}"
     for kept in range(3):
         work = tmp_path / f"stopped-{kept}"
         work.mkdir()
         for name in ["plan.json", *(f"block-{i:03d}.{end}" for i in range(kept) for end in ("json", "safetensors"))]:
             (work / name).write_bytes((tmp_path / "whole" / name).read_bytes())
-        resumed, _ = grow(source, tokens_RT, GROWTH, work, SilentProgress())
+        resumed, _ = grow(source, tokens_RT, growth, work, SilentProgress())
         for name, tensor in whole.state_dict().items():
             assert torch.equal(tensor, resumed.state_dict()[name]), name
 

@@ -110,6 +110,26 @@ def test_impossible_shapes_are_refused_before_work(
     assert all(problem.fix for problem in problems)
 
 
+@pytest.mark.parametrize(
+    ("teacher_keys", "message"),
+    [
+        ({"tie_word_embeddings": False}, "not tied"),
+        ({"attention_bias": True}, "have biases"),
+        ({"head_dim": 32}, "heads × head width = width"),
+    ],
+)
+def test_teachers_that_lfm2_has_no_place_for_are_refused_before_work(
+    teacher_keys: dict[str, Any], message: str, teacher: ModelRef, tmp_path: Path
+) -> None:
+    config = json.loads((teacher.path / "config.json").read_text()) | teacher_keys
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    keys = StudentConfig(layers=3, attention_layers=1)
+    other = ModelRef("teacher", tmp_path, "b" * 64)
+    assert STAGE.preflight(PreflightContext("student", keys, {}, teacher, tmp_path)) == []
+    [problem] = STAGE.preflight(PreflightContext("student", keys, {}, other, tmp_path))
+    assert message in problem.what
+
+
 def test_keys_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValidationError, match="attention_layers 9 is more than layers 4"):
         StudentConfig(layers=4, attention_layers=9)

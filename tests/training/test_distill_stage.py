@@ -18,8 +18,9 @@ from conftest import save_word_tokenizer
 from safetensors.torch import load_file
 
 from lmdistill.errors import IntegrityError, LmdistillError
-from lmdistill.pipeline.stage import Artefact, PreflightContext, Runtime, StageContext
+from lmdistill.pipeline.stage import Artefact, Planned, PreflightContext, Runtime, StageContext
 from lmdistill.stages.distill import DistillConfig, DistillStage
+from lmdistill.stages.teach import TeachConfig
 
 KEYS = {
     "tokens": 32 * 8 * 12,
@@ -124,7 +125,7 @@ def test_accumulating_small_batches_changes_nothing_but_rounding(
 
 
 def test_frozen_parameters_stay_as_they_are(signals: Artefact, student: Artefact, tmp_path: Path) -> None:
-    record = _train(tmp_path, signals, student, freeze=("*embed_tokens*", "*q_proj*"))
+    record = _train(tmp_path, signals, student, freeze=("*embed_tokens*", "*q_proj*"), save_grid="float32")
     before = load_file(student.out / "model/model.safetensors")
     after = load_file(tmp_path / "out/model/model.safetensors")
     same = {name for name in before if torch.equal(before[name], after[name])}
@@ -171,3 +172,32 @@ def test_a_student_with_another_tokenizer_is_refused(signals: Artefact, student:
 def test_an_unknown_loss_is_named_before_work(tmp_path: Path) -> None:
     [problem] = STAGE.preflight(PreflightContext("distill", DistillConfig(loss="decoupled_top"), {}, None, tmp_path))
     assert "did you mean 'decoupled_topk'" in problem.what
+
+
+def test_a_cache_without_the_training_split_is_named_before_work(tmp_path: Path) -> None:
+    planned = Planned("teach", "teach", "signals", "e" * 64, TeachConfig(splits=("valid",)))
+    [problem] = STAGE.preflight(PreflightContext("distill", DistillConfig(), {"signals": [planned]}, None, tmp_path))
+    assert "trains on the split 'train'" in problem.what
+
+
+def test_compiling_without_a_compiler_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = PreflightContext("distill", DistillConfig(compile=True), {}, None, tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    [problem] = STAGE.preflight(ctx)
+    assert "needs g++ and Python's headers" in problem.what
+
+
+def test_matrices_are_saved_on_the_float16_grid(signals: Artefact, student: Artefact, tmp_path: Path) -> None:
+    _train(tmp_path, signals, student)
+    for name, tensor in load_file(tmp_path / "out/model/model.safetensors").items():
+        assert tensor.dtype == torch.float32
+        assert tensor.ndim < 2 or torch.equal(tensor, tensor.half().float()), name
+
+
+def test_a_weight_beyond_float16_is_refused_not_made_infinite() -> None:
+    from lmdistill.training.run import round_matrices
+
+    layer = torch.nn.Linear(2, 2)
+    layer.weight.data[0, 0] = 70_000.0
+    with pytest.raises(IntegrityError, match="save_grid: float32"):
+        round_matrices(layer)

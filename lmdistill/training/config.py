@@ -1,0 +1,77 @@
+"""The keys of `distill`: what a distillation run is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lmdistill.pipeline.stage import RuntimeKey, StageConfig
+
+
+class DistillConfig(StageConfig):
+    """Keys of `distill`."""
+
+    loss: str = Field(default="decoupled_topk", description="a loss of lmdistill/losses by name; ce is the baseline")
+    kd_weight: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.9, description="λ: weight of the distillation loss; cross-entropy has the rest"
+    )
+    mix: Literal["convex", "additive"] = Field(
+        default="convex", description="convex: (1−λ)·CE + λ·KD; additive: CE + λ·KD"
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="τ inside the teacher's top K")
+    mass_weighted: bool = Field(default=True, description="weigh the tempered term with the teacher's top-K mass P")
+    hinton_scaled: bool = Field(default=False, description="multiply the tempered term by τ²")
+    tokens: Annotated[int, Field(ge=1)] = Field(
+        default=1_000_000, description="tokens to train on; more than the cache holds means several epochs"
+    )
+    batch_rows: Annotated[int, Field(ge=1)] = Field(default=8, description="rows of the cache in an optimiser step")
+    lr: Annotated[float, Field(gt=0)] = Field(
+        default=2e-3, description="peak step; with lr_scale: relative, in units of each tensor's root mean square"
+    )
+    lr_scale: Literal["relative", "absolute"] = Field(
+        default="relative", description="relative suits grown students, whose tensors differ in scale"
+    )
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        default="cosine", description="of the step size, after warm-up"
+    )
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, description="share of the steps to warm up in")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="decoupled, matrices only")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="AdamW's first moment")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.95, description="AdamW's second moment")
+    clip: Annotated[float, Field(gt=0)] = Field(default=1.0, description="largest norm of the gradient")
+    freeze: tuple[str, ...] = Field(default=(), description="globs of parameter names that are not trained")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="of matrix products; weights, optimiser and loss are float32"
+    )
+    seed: int = Field(default=0, description="of the data order")
+    log_steps: Annotated[int, Field(ge=1)] = Field(
+        default=5, description="steps from one point of the curve to the next"
+    )
+    compile: bool = Field(
+        default=False, description="compile the blocks with torch.compile: faster steps, needs a C++ compiler on CPU"
+    )
+    save_grid: Literal["float16", "float32"] = Field(
+        default="float16", description="float16: matrices are saved rounded to it, and an f16 file is the checkpoint"
+    )
+    micro_rows: Annotated[int | None, RuntimeKey()] = Field(
+        default=None, description="rows at once; the rest of batch_rows is accumulated"
+    )
+    chunk: Annotated[int, RuntimeKey(), Field(ge=1)] = Field(
+        default=512, description="positions whose logits are held at once"
+    )
+    checkpoint_steps: Annotated[int, RuntimeKey(), Field(ge=1)] = Field(
+        default=50, description="steps from one resume point to the next"
+    )
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> DistillConfig:
+        if self.micro_rows and self.batch_rows % self.micro_rows:
+            raise ValueError(f"micro_rows {self.micro_rows} does not divide batch_rows {self.batch_rows}")
+        return self
+
+    def weights(self) -> tuple[float, float]:
+        """Weights of the distillation loss and of cross-entropy."""
+        if self.loss == "ce":
+            return 0.0, 1.0
+        return self.kd_weight, 1.0 if self.mix == "additive" else 1.0 - self.kd_weight
