@@ -7,6 +7,7 @@ a stage have `stage`.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 from collections.abc import Sequence
@@ -30,7 +31,10 @@ class EventFile:
     def __init__(self, path: Path) -> None:
         """Open the file; earlier runs' events stay."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        earlier = path.read_bytes() if path.exists() else b""
         self.file = path.open("a", encoding="utf-8", buffering=1)
+        if earlier and not earlier.endswith(b"\n"):  # a power cut left half a line: the next event begins its own
+            self.file.write("\n")
 
     def handle(self, event: str, fields: dict[str, Any]) -> None:
         """Write one line."""
@@ -61,13 +65,9 @@ class Events:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a run folder; a line that a power cut left half-written is skipped if it is the last."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    """The events of a run folder; a line that a power cut left half-written is skipped."""
     events: list[dict[str, Any]] = []
-    for place, line in enumerate(lines):
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError):
             events.append(json.loads(line))
-        except ValueError:
-            if place < len(lines) - 1:
-                raise
     return events

@@ -32,6 +32,7 @@ def run_pipeline(plan: Plan, sinks: Sequence[Sink] = ()) -> dict[str, Artefact]:
     StageError after everything is done where the report breaks a gate of the recipe.
     """
     with run_lock(plan.store.root):
+        plan.store.put_back()  # what a killed `--force` had set aside
         # planned again under the lock: another pipeline may have finished since
         plan = make_plan(plan.recipe, plan.store.root, plan.selection)
         events = Events([EventFile(plan.store.root / "events.jsonl"), *sinks])
@@ -136,7 +137,11 @@ class Runner:
         before = read_manifest(old.path)
         aside = self.plan.store.set_aside(old)
         shutil.rmtree(self.plan.store.partial(step.name, step.key), ignore_errors=True)
-        new = self.artefacts[step.name] = self._make(step, place)
+        try:
+            new = self.artefacts[step.name] = self._make(step, place)
+        except BaseException:  # an interruption too: the old one is still good
+            self.plan.store.put_back()
+            raise
         self._compare(step, before, new.path)
         shutil.rmtree(aside)
 

@@ -20,6 +20,7 @@ from lmdistill.pipeline.files import fsync, fsync_tree, sha256_file, write_json
 from lmdistill.pipeline.keys import SHORT, fingerprint
 from lmdistill.pipeline.stage import Artefact
 
+ASIDE = ".replaced-"  # before the name of a finished folder while it is made again
 LOCK = "work.lock"  # held by the process that works in a partial folder
 
 
@@ -117,11 +118,22 @@ class Store:
 
     def set_aside(self, artefact: Artefact) -> Path:
         """Move a finished folder away, so that it can be made again and compared."""
-        aside = self.root / f".replaced-{artefact.name}-{artefact.fingerprint[:SHORT]}"
+        aside = self.root / f"{ASIDE}{artefact.path.name}"
         if aside.exists():
             shutil.rmtree(aside)
         artefact.path.rename(aside)
         return aside
+
+    def put_back(self) -> None:
+        """Undo every `set_aside` whose artefact was not made again; where it was, the old one goes."""
+        for aside in self.root.glob(f"{ASIDE}*"):
+            short = aside.name.rsplit("-", 1)[1]
+            if any(self.root.glob(f"[0-9]*-{short}")):
+                shutil.rmtree(aside)
+                continue
+            for partial in self.root.glob(f".partial-*-{short}"):
+                shutil.rmtree(partial)
+            aside.rename(self.root / aside.name.removeprefix(ASIDE))
 
 
 def read_key(folder: Path) -> dict[str, Any]:

@@ -35,6 +35,20 @@ def events(name: str) -> list[dict[str, Any]]:
     return [event for event in read_events(RUN / "events.jsonl") if event["event"] == name]
 
 
+def test_half_an_event_spoils_no_other(write: Write) -> None:
+    """A power cut leaves half a line, even half a letter; the events before and after it are read."""
+    recipe = write("stages:\n- stage: gather\n")
+    go(recipe)
+    before = read_events(RUN / "events.jsonl")
+    with (RUN / "events.jsonl").open("ab") as file:
+        file.write('{"time": "2026", "event": "note", "text": "é'.encode()[:-1])
+    assert read_events(RUN / "events.jsonl") == before
+    go(recipe)
+    after = read_events(RUN / "events.jsonl")
+    assert after[: len(before)] == before
+    assert [event["event"] for event in after[len(before) :]] == ["run_started", "stage_cached", "run_finished"]
+
+
 def test_artefacts_and_their_records(write: Write) -> None:
     made = go(write())
     assert list(made) == ["gather", "learn", "again", "summary"]
@@ -137,6 +151,35 @@ def test_force_makes_a_stage_again(write: Write) -> None:
     assert text.stat().st_mtime_ns > stamp
     assert not list(RUN.glob(".replaced-*"))
     assert not any("other bytes" in event["text"] for event in events("note"))
+
+
+def test_a_forced_run_that_fails_gives_the_old_artefact_back(write: Write) -> None:
+    recipe = write()
+    go(recipe)
+    before = manifests(RUN)
+    with pytest.raises(LmdistillError, match="no such luck"):
+        go(recipe, "stages.learn.fail=value", force=("learn",))
+    assert manifests(RUN) == before
+    assert not [*RUN.glob(".replaced-*"), *RUN.glob(".partial-*")]
+    assert set(states(recipe).values()) == {"cached"}
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_killed_forced_run_is_undone_at_the_next_start(finished: bool, write: Write) -> None:
+    """Killed before the new artefact was there, the old one comes back; after it, the old one goes."""
+    recipe = write()
+    go(recipe)
+    before, folder = manifests(RUN), next(RUN.glob("02-learn-*"))
+    aside = folder.with_name(f".replaced-{folder.name}")
+    shutil.copytree(folder, aside)
+    if not finished:
+        folder.rename(folder.with_name(f".partial-learn-{folder.name.rsplit('-', 1)[1]}"))
+        (aside / "mark").touch()
+    go(recipe)
+    assert manifests(RUN) == before
+    assert (folder / "mark").exists() is not finished
+    assert not [*RUN.glob(".replaced-*"), *RUN.glob(".partial-*")]
+    assert len(events("stage_started")) == 4, "nothing was made again"
 
 
 def test_force_says_when_the_bytes_differ(write: Write) -> None:
