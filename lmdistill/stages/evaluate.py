@@ -75,8 +75,8 @@ class EvaluateStage(Stage[EvaluateConfig]):
         return True
 
     def preflight(self, ctx: PreflightContext[EvaluateConfig]) -> list[LmdistillError]:
-        """Runtimes and gates' names; disk and memory are held against the estimate by the pipeline."""
-        return [*_missing_runtimes(ctx), *_wrong_gates(ctx)]
+        """Runtimes, split, each file's model, gates' names; disk and memory are checked by the pipeline."""
+        return [*_missing_runtimes(ctx), *_missing_split(ctx), *_missing_models(ctx), *_wrong_gates(ctx)]
 
     def estimate(self, ctx: PreflightContext[EvaluateConfig]) -> Estimate:
         """Scoring at the pace of a small model on two cores, and the scratch references."""
@@ -114,6 +114,29 @@ def _missing_runtimes(ctx: PreflightContext[EvaluateConfig]) -> Iterable[Lmdisti
         fix = runtime_class(runtime).missing()
         if fix:
             yield PreflightError(f"stage '{ctx.name}' needs {runtime}, which is not installed", fix=fix)
+
+
+def _missing_split(ctx: PreflightContext[EvaluateConfig]) -> Iterable[LmdistillError]:
+    """A split that the corpus to come will not have."""
+    for corpus in ctx.inputs.get("corpus", ()):
+        if getattr(corpus.config, "valid_fraction", None) == 0 and ctx.config.split == "valid":
+            yield PreflightError(
+                f"stage '{ctx.name}': the corpus '{corpus.name}' will have no split 'valid'",
+                why="its valid_fraction is 0",
+                fix=f"raise `valid_fraction` of '{corpus.name}', or name another `split`",
+            )
+
+
+def _missing_models(ctx: PreflightContext[EvaluateConfig]) -> Iterable[LmdistillError]:
+    """Exports whose model is not a row of the ladder, so that there is nothing to compare their files with."""
+    rows = {planned.fingerprint for planned in ctx.inputs.get("models", ())}
+    for export in ctx.inputs.get("deployments", ()):
+        for model in export.inputs.get("model", ()):
+            if model.name != TEACHER and model.fingerprint not in rows:
+                yield PreflightError(
+                    f"stage '{ctx.name}': the files of '{export.name}' come from '{model.name}', which is not evaluated",
+                    fix=f"add '{model.name}' to its `from:`, or leave `from:` out",
+                )
 
 
 def _formats(config: Any) -> list[str]:

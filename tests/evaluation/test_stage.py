@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from lmdistill.corpus.config import CorpusConfig
 from lmdistill.evaluation.suites import suite_folder
 from lmdistill.pipeline.stage import ModelRef, Planned, PreflightContext, StageConfig
 from lmdistill.stages.evaluate import EvaluateConfig, EvaluateStage
@@ -100,6 +101,24 @@ def test_gates_that_can_be_held_pass(tmp_path: Path) -> None:
         {"of": "export/q4_0", "metric": "decode_tps", "at_least": {"of": "export/f16", "times": 1.1}},
     ]
     assert preflight(EvaluateConfig.model_validate({"gates": gates}), tmp_path / "not" / "there" / "yet") == []
+
+
+@pytest.mark.parametrize(("fraction", "split", "told"), [(0, "valid", 1), (0, "train", 0), (0.1, "valid", 0)])
+def test_a_split_that_the_corpus_will_not_have_is_told(tmp_path: Path, fraction: float, split: str, told: int) -> None:
+    keys = {"sources": [{"source": "a.txt"}], "valid_fraction": fraction}
+    corpus = Planned("corpus", "corpus", "corpus", "1", CorpusConfig.model_validate(keys))
+    ctx = PreflightContext("evaluate", EvaluateConfig(split=split), {"corpus": [corpus]}, None, tmp_path)
+    assert len([error for error in EvaluateStage().preflight(ctx) if "no split 'valid'" in str(error)]) == told
+
+
+@pytest.mark.parametrize(("name", "evaluated", "told"), [("ce", False, 1), ("ce", True, 0), ("teacher", False, 0)])
+def test_an_export_without_its_model_is_told(tmp_path: Path, name: str, evaluated: bool, told: int) -> None:
+    model = Planned(name, "distill", "model", "1", StageConfig())
+    export = Planned("files", "export", "deployment", "2", ExportConfig(), {"model": [model]})
+    inputs = {"deployments": [export], "models": [model] if evaluated else []}
+    ctx = PreflightContext("evaluate", EvaluateConfig(), inputs, None, tmp_path)
+    found = [str(error) for error in EvaluateStage().preflight(ctx)]
+    assert len([text for text in found if "'files' come from 'ce', which is not evaluated" in text]) == told
 
 
 def test_the_estimate_counts_the_references_on_disk(tmp_path: Path) -> None:
