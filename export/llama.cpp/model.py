@@ -117,7 +117,7 @@ class ChatModel:
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments that chat.py and serve.py have in common."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("gguf", type=Path, help="the model file, such as runs/lfm_small/…/out/export-Q4_0.gguf")
+    made.add_argument("gguf", type=Path, help="the model file, such as runs/lfm_small/…/out/files-Q4_0.gguf")
     made.add_argument("--preset", default="laptop", help="a file in presets/ by name, or the path of a .yaml file")
     return made
 
