@@ -133,8 +133,9 @@ def _missing_models(ctx: PreflightContext[EvaluateConfig]) -> Iterable[Lmdistill
     for export in ctx.inputs.get("deployments", ()):
         for model in export.inputs.get("model", ()):
             if model.name != TEACHER and model.fingerprint not in rows:
+                what = f"the files of '{export.name}' come from '{model.name}', which is not evaluated"
                 yield PreflightError(
-                    f"stage '{ctx.name}': the files of '{export.name}' come from '{model.name}', which is not evaluated",
+                    f"stage '{ctx.name}': {what}",
                     fix=f"add '{model.name}' to its `from:`, or leave `from:` out",
                 )
 
