@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from lmdistill.asset_spec import AssetSpec
 from lmdistill.assets.cache import cache_dir, locked, sha256_of
 from lmdistill.assets.fetching import CONVERTER_VERSION, available, fetch, identity
-from lmdistill.errors import AssetError
+from lmdistill.errors import AssetError, IntegrityError
 from lmdistill.pipeline.stage import ModelRef, Progress
 
 
@@ -18,7 +19,7 @@ def model_available(spec: AssetSpec) -> ModelRef | None:
         return None
     if path.is_file():
         folder = _converted(path)
-        return _reference(spec, folder) if folder.exists() else None
+        return _reference(spec, _unchanged(folder)) if folder.exists() else None
     return _reference(spec, _usable(path, spec))
 
 
@@ -41,7 +42,7 @@ def model_folder(spec: AssetSpec, progress: Progress) -> ModelRef:
             from lmdistill.teachers.gguf_import import import_gguf
 
             import_gguf(path, folder, progress)
-    return _reference(spec, folder)
+    return _reference(spec, _unchanged(folder))
 
 
 def tokenizer_folder(spec: AssetSpec, progress: Progress) -> Path:
@@ -55,6 +56,25 @@ def tokenizer_folder(spec: AssetSpec, progress: Progress) -> Path:
 
 def _converted(gguf: Path) -> Path:
     return cache_dir() / "models" / f"{sha256_of(gguf)}-v{CONVERTER_VERSION}"
+
+
+def _unchanged(folder: Path) -> Path:
+    """A converted `folder`, if its files are those that import.json lists; a file is read again only where it changed.
+
+    Raises IntegrityError naming the first file that differs.
+    """
+    fix = f"delete {folder} and run again: it is converted anew"
+    try:
+        listed = json.loads((folder / "import.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise IntegrityError(f"{folder}/import.json cannot be read", why=str(error), fix=fix) from error
+    for name, entry in listed.items():
+        path = folder / name
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing", why="import.json lists it", fix=fix)
+        if path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
+            raise IntegrityError(f"{path} was changed", why="import.json has another size or sha256 of it", fix=fix)
+    return folder
 
 
 def _reference(spec: AssetSpec, folder: Path) -> ModelRef:

@@ -12,8 +12,9 @@ import pytest
 from lmdistill import assets
 from lmdistill.asset_spec import AssetSpec
 from lmdistill.assets.cache import sha256_of
+from lmdistill.assets.fetching import CONVERTER_VERSION
 from lmdistill.checkpoints import load_model, load_tokenizer
-from lmdistill.errors import AssetError
+from lmdistill.errors import AssetError, IntegrityError
 from lmdistill.pipeline.stage import SilentProgress
 
 
@@ -63,6 +64,27 @@ def test_a_failed_import_leaves_nothing_to_read(
         assets.model_folder(spec, SilentProgress())
     assert assets.model_available(spec) is None
     assert [path.name.endswith(".partial") for path in (own_cache / "models").iterdir()] == [True]
+
+
+def test_a_converted_folder_is_held_against_its_record(own_cache: Path, tmp_path: Path) -> None:
+    """Whole it is found; with one bit turned or a file lost it is refused, and the message says what to delete."""
+    gguf = tmp_path / "small.gguf"
+    gguf.write_bytes(b"GGUF")
+    folder = own_cache / "models" / f"{sha256_of(gguf)}-v{CONVERTER_VERSION}"
+    folder.mkdir(parents=True)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"weights")
+    kept = {"bytes": 7, "sha256": sha256_of(weights)}
+    (folder / "import.json").write_text(json.dumps({"files": {weights.name: kept}}))
+    spec = AssetSpec(source=str(gguf))
+    found = assets.model_available(spec)
+    assert found is not None and found.path == folder
+    weights.write_bytes(b"weightr")
+    with pytest.raises(IntegrityError, match=rf"(?s)model\.safetensors was changed.*delete {folder}"):
+        assets.model_available(spec)
+    weights.unlink()
+    with pytest.raises(IntegrityError, match=r"model\.safetensors is missing"):
+        assets.model_folder(spec, SilentProgress())
 
 
 def test_a_folder_is_a_model_as_it_is(own_cache: Path, toy_llama: Callable[..., Path]) -> None:
