@@ -104,11 +104,14 @@ def preflight(job: jobs.Json, _channel: Channel) -> Any:
             run_dir=Path(job["run_dir"]),
             runtime=jobs.runtime_from_json(job["runtime"]),
         )
+        problems: list[LmdistillError] = []
+        estimate: jobs.Json = {}
         try:
-            problems = list(stage.preflight(ctx))
+            problems += stage.preflight(ctx)
             estimate = dataclasses.asdict(stage.estimate(ctx))
-        except LmdistillError as error:
-            problems, estimate = [error], {}
+        except LmdistillError as error:  # an estimate often stumbles over what the preflight has said already
+            if error.render() not in [problem.render() for problem in problems]:
+                problems.append(error)
         except Exception as error:  # a stage may raise anything: this says whose preflight it was
             raise StageError(f"the preflight of stage '{name}' failed: {type(error).__name__}: {error}") from error
         found[name] = {"errors": [jobs.error_to_json(error) for error in problems], "estimate": estimate}

