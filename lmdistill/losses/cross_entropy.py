@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def terms(next_N: torch.Tensor, logit_next_N: torch.Tensor, lse_N: torch.Tensor) -> LossTerms:
     """-log q(next), gradient `softmax(z) - onehot(next)`."""
     one_N = lse_N.new_ones(lse_N.shape)
-    return LossTerms(lse_N - logit_next_N, one_N, next_N[:, None], -one_N[:, None])
+    q_next_N = (logit_next_N - lse_N).exp()
+    return LossTerms(lse_N - logit_next_N, one_N, next_N[:, None], (q_next_N - 1.0)[:, None])
 
 
 @loss("ce")

@@ -51,8 +51,7 @@ def decoupled_topk(student: StudentSoftmax, targets: Targets, options: LossOptio
     # Q − P = (1−P) − (1−Q): the rests are the small numbers where the masses are near one.
     excess_N = torch.where(p_N > 0.5, rest_p_N - rest_q_N, q_N - p_N)
     tiny = torch.finfo(rest_q_N.dtype).tiny
-    dense_N = torch.where(log_rest_q_N > -torch.inf, -excess_N / rest_q_N.clamp_min(tiny), 0.0)
-    q_in_S_NK = (student.logits_NK - student.lse_N[:, None]).exp()
-    inside_N = excess_N / q_N.clamp_min(tiny) - dense_N
-    sparse_NK = inside_N[:, None] * q_in_S_NK + (scale_N / tau)[:, None] * (qt_NK - pt_NK)
-    return LossTerms(mass_N + conditional_N, dense_N, targets.ids_NK, sparse_NK)
+    outside_N = torch.where(log_rest_q_N > -torch.inf, -excess_N / rest_q_N.clamp_min(tiny), 0.0)
+    share_NK = torch.softmax(student.logits_NK, -1)  # q_v/Q
+    inside_NK = excess_N[:, None] * share_NK + (scale_N / tau)[:, None] * (qt_NK - pt_NK)
+    return LossTerms(mass_N + conditional_N, outside_N, targets.ids_NK, inside_NK)

@@ -41,7 +41,7 @@ def _softmax(logits_CV: torch.Tensor, targets: Targets) -> tuple[StudentSoftmax,
     """
     logits_CK = logits_CV.gather(1, targets.ids_NK)
     next_C = logits_CV.gather(1, targets.next_N[:, None])[:, 0]
-    max_C1 = logits_CV.max(-1, keepdim=True).values
+    max_C1 = logits_CV.amax(-1, keepdim=True)
     exp_CV = logits_CV.sub_(max_C1).exp_()
     top_CK = exp_CV.gather(1, targets.ids_NK)
     exp_CV.scatter_(1, targets.ids_NK, 0.0)
@@ -52,13 +52,17 @@ def _softmax(logits_CV: torch.Tensor, targets: Targets) -> tuple[StudentSoftmax,
 
 
 def _gradient(
-    exp_CV: torch.Tensor, lse_C: torch.Tensor, max_C: torch.Tensor, parts: list[tuple[float, LossTerms]]
+    exp_CV: torch.Tensor, student: StudentSoftmax, max_C: torch.Tensor, kd: LossTerms, targets: Targets, mix: Mix
 ) -> torch.Tensor:
-    """The gradient in the logits `[C, V]`: one row-scaled softmax and the scattered entries of all parts."""
-    dense_C = torch.stack([weight * part.dense_N for weight, part in parts]).sum(0)
-    grad_CV = exp_CV.mul_((dense_C * (max_C - lse_C).exp())[:, None])
-    for weight, part in parts:
-        grad_CV.scatter_add_(1, part.ids_NS, weight * part.sparse_NS)
+    """The mix's gradient in the logits `[C, V]`, in the memory of the exponentials."""
+    scale_C = (max_C - student.lse_N).exp()
+    q_CS = exp_CV.gather(1, kd.ids_NS) * scale_C[:, None]
+    outside_C = mix.kd_weight * kd.outside_N + mix.ce_weight
+    grad_CV = exp_CV.mul_((outside_C * scale_C)[:, None])
+    grad_CV.scatter_(1, kd.ids_NS, mix.kd_weight * kd.inside_NS + mix.ce_weight * q_CS)
+    if mix.ce_weight:
+        minus_C1 = torch.full_like(max_C, -mix.ce_weight)[:, None]
+        grad_CV.scatter_add_(1, targets.next_N[:, None], minus_C1)
     return grad_CV
 
 
@@ -92,8 +96,7 @@ class _FusedHead(torch.autograd.Function):  # type: ignore[misc]
             sums_3 += torch.stack([mix.kd_weight * kd_sum + mix.ce_weight * ce_sum, kd_sum, ce_sum])
             if not (want_hidden or want_head):
                 continue
-            parts = [(w, t) for w, t in ((mix.kd_weight, kd), (mix.ce_weight, ce)) if w]
-            grad_CV = _gradient(exp_CV, student.lse_N, max_C, parts).to(compute)
+            grad_CV = _gradient(exp_CV, student, max_C, kd, part, mix).to(compute)
             if grad_hidden_ND is not None:
                 grad_hidden_ND[rows] = grad_CV @ weight_VD
             if grad_head_VD is not None:

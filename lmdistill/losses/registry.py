@@ -2,7 +2,7 @@
 
 A loss is one decorated function in one file of this folder. It sees the student's logits of a chunk of
 positions and says how much it loses there and what its gradient is, in a form that needs no second pass:
-a coefficient on the student's own softmax, plus a few scattered entries. The head is fused around it
+a coefficient on the student's own softmax, and a few entries of their own. The head is fused around it
 (`fused_head.py`), so B·T·V never stands in memory.
 
 Axes: N positions in a chunk, V vocabulary, K cached entries, S scattered entries a row.
@@ -44,12 +44,16 @@ class StudentSoftmax:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A loss at N positions, with its gradient as `dense_N · softmax(z) + scatter(ids_NS, sparse_NS)`."""
+    """A loss at N positions with its gradient: `outside_N · softmax(z)`, but at `ids_NS` it is `inside_NS`.
+
+    What is inside stands for itself and is not added to the rest: a student that is sure of the teacher's top K has
+    an `outside_N` of many thousands, and a difference of two such terms would have no digit left.
+    """
 
     loss_N: torch.Tensor
-    dense_N: torch.Tensor
+    outside_N: torch.Tensor
     ids_NS: torch.Tensor
-    sparse_NS: torch.Tensor
+    inside_NS: torch.Tensor
 
 
 @dataclass(frozen=True)

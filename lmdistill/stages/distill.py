@@ -21,7 +21,7 @@ class DistillStage(Stage[DistillConfig]):
     """Signals and a student in, a trained model out."""
 
     name = "distill"
-    version = 1
+    version = 2
     Config = DistillConfig
     inputs = (Input("signals", ("signals",)), Input("student", ("model", "student")))
     output = "model"

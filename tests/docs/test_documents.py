@@ -53,5 +53,5 @@ def test_the_example_loss_has_autograds_gradient() -> None:
     targets = Targets(torch.zeros(5, dtype=torch.long), ids_NK, logp_NK, tail_N)
     terms: LossTerms = scope["total_mass"](student, targets, LossOptions())
     (wanted_NV,) = torch.autograd.grad(terms.loss_N.sum(), logits_NV)
-    dense_NV = terms.dense_N[:, None] * logits_NV.softmax(-1)
-    torch.testing.assert_close(dense_NV.scatter_add(1, terms.ids_NS, terms.sparse_NS), wanted_NV)
+    dense_NV = terms.outside_N[:, None] * logits_NV.softmax(-1)
+    torch.testing.assert_close(dense_NV.scatter(1, terms.ids_NS, terms.inside_NS), wanted_NV)
