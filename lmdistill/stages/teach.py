@@ -104,6 +104,7 @@ class TeachStage(Stage[TeachConfig]):
         statistics = {name: split.statistics for name, split in manifest.splits.items()}
         first = statistics[ctx.config.splits[0]]
         summary = {name: first[name] for name in ("bytes_per_token", "head_mass", "teacher_nll")}
+        summary["tokens"] = sum(int(figures["tokens"] or 0) for figures in statistics.values())
         return {"k": ctx.config.k, **summary, "splits": statistics, "digest": manifest.digest}
 
     def verify(self, ctx: StageContext[TeachConfig], metrics: dict[str, Any]) -> None:

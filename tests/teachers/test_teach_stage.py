@@ -98,6 +98,7 @@ def test_run_and_run_again(toy, corpus, tmp_path):
     assert all((first.out / name).read_bytes() == (second.out / name).read_bytes() for name in files)
     assert metrics["bytes_per_token"] == 32
     assert 0 < metrics["head_mass"] < 1
+    assert metrics["tokens"] == sum(split["tokens"] for split in metrics["splits"].values()) > 0
     assert metrics["digest"] == SignalsReader(first.out).digest
     assert STAGE.run(first) == metrics
 
