@@ -21,7 +21,9 @@ SLOW = ("--set", "stages.learn.pause=0.15", "--set", "stages.again.pause=0.15")
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "lmdistill", "pipeline", "toy.yaml", *SLOW, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background has Ctrl-C ignored, and children inherit that.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
 
 
 def wait_for(pattern: str, folder: Path) -> None:
