@@ -1,6 +1,7 @@
 """What makes an artefact what it is: a stage's key, and its sha256, the fingerprint.
 
-The key holds the stage and its version, the semantic configuration (no field marked `RuntimeKey`, assets by identity),
+The key holds the stage and its version, the semantic configuration (no field marked `RuntimeKey`, none marked
+`AddedKey` that has its default, assets by identity),
 the inputs' fingerprints, the teacher's identity and the versions of tools that change the bytes. No path, device or
 speed is in it, nor a stage's name, unless the stage writes names into its output.
 """
@@ -19,10 +20,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from lmdistill.asset_spec import AssetSpec
 from lmdistill.errors import PreflightError
-from lmdistill.pipeline.stage import Planned, RuntimeKey, Stage, StageConfig
+from lmdistill.pipeline.stage import AddedKey, Planned, RuntimeKey, Stage, StageConfig
 
 Identity = Callable[[AssetSpec], str]
 SHORT = 12  # characters of a fingerprint in a folder's name
@@ -35,6 +37,11 @@ def is_runtime(metadata: Sequence[Any], annotation: Any) -> bool:
     return any(is_runtime(getattr(part, "__metadata__", ()), part) for part in get_args(annotation))
 
 
+def _as_before(info: FieldInfo, value: Any) -> bool:
+    """Whether a field marked `AddedKey` has its default, so that results made before it was added stay valid."""
+    return any(isinstance(mark, AddedKey) for mark in info.metadata) and bool(value == info.default)
+
+
 def semantic(value: Any, identity: Identity) -> Any:
     """`value` as plain JSON without runtime keys; assets and paths are replaced by the identity of their content."""
     if isinstance(value, AssetSpec):
@@ -45,7 +52,7 @@ def semantic(value: Any, identity: Identity) -> Any:
         return {
             name: semantic(getattr(value, name), identity)
             for name, info in fields.items()
-            if not is_runtime(info.metadata, info.annotation)
+            if not is_runtime(info.metadata, info.annotation) and not _as_before(info, getattr(value, name))
         }
     if isinstance(value, Mapping):
         return {str(k): semantic(v, identity) for k, v in value.items()}

@@ -22,6 +22,11 @@ class RuntimeKey:
     """Marks a config field as *where and how fast*: `Annotated[int, RuntimeKey()]` stays out of the fingerprint."""
 
 
+@dataclass(frozen=True)
+class AddedKey:
+    """Marks a config field younger than finished artefacts: at its default it stays out of the fingerprint."""
+
+
 class StageConfig(BaseModel):
     """Base of every stage's `Config`: unknown keys are refused; fields are immutable."""
 

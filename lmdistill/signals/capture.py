@@ -91,18 +91,18 @@ class Capture:
                 background.put(lambda w=writer, j=job: records.update({j: w.commit()}))  # type: ignore[misc]
 
     def _manifest(self, records: dict[ShardJob, ShardRecord]) -> Manifest:
-        stride = bytes_per_token(self.layout.k, self.layout.vocab_size)
         splits = {}
         for name in self.splits:
             shards = [record for job, record in records.items() if job.split == name]
+            entries = tuple(record.entry for record in shards)
             statistics = Statistics()
             for record in shards:
                 statistics.merge(record.statistics)
             splits[name] = SplitEntry(
-                rows=sum(record.entry.rows for record in shards),
+                rows=sum(entry.rows for entry in entries),
                 corpus_digest=self.corpus.digest(name),
-                shards=tuple(record.entry for record in shards),
-                statistics=statistics.summary(stride),
+                shards=entries,
+                statistics=statistics.summary(bytes_per_token(self.layout, entries)),
             )
         meta = self.corpus.meta
         return Manifest(

@@ -1,54 +1,34 @@
-"""The teacher cache on disk (memory-mapped variant): constants, the layout of a row, the manifest.
+"""The teacher cache on disk: constants, the layout, the manifest. What a shard's bytes are says its variant.
 
-Axes: R rows, T tokens in a row, K entries of a token. See docs/signals.md.
-A shard file is whole rows one after another, no header; a row is one plane a field, each contiguous.
+Axes: T tokens in a row, K entries of a token. See docs/signals.md.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lmdistill.errors import IntegrityError
 from lmdistill.signals.codec import Companding
 
 FORMAT_VERSION = 1
-VARIANT = "mmap"
+DEFAULT_VARIANT = "mmap"
 MANIFEST_FILE = "signals.json"
 NARROW_VOCABULARY = 65_536  # ids below this fit u16; larger vocabularies get a u8 high plane
-BLOCK_BYTES = 65_536  # a flipped byte is located to about this many bytes
-
-
-def row_dtype(row_tokens: int, k: int, vocab_size: int) -> np.dtype[Any]:
-    """One stored row [T]: planes of tokens, flags, top-1, tail, lp_next, ids and gap codes; packed, little-endian."""
-    fields: list[tuple[str, str, tuple[int, ...]]] = [
-        ("token", "<u2", (row_tokens,)),
-        ("flags", "u1", (row_tokens,)),
-        ("top1", "<f2", (row_tokens,)),
-        ("tail", "<f2", (row_tokens,)),
-        ("lp_next", "<f2", (row_tokens,)),
-        ("ids", "<u2", (row_tokens, k)),
-        ("gaps", "u1", (row_tokens, k - 1)),
-    ]
-    if vocab_size > NARROW_VOCABULARY:
-        fields += [("token_high", "u1", (row_tokens,)), ("ids_high", "u1", (row_tokens, k))]
-    return np.dtype(fields)
-
-
-def bytes_per_token(k: int, vocab_size: int) -> int:
-    """The stride of one token: 104 at K = 32 and a vocabulary of at most 65,536."""
-    return row_dtype(1, k, vocab_size).itemsize
 
 
 def shard_name(split: str, index: int) -> str:
     """File name of a split's shard; its record is beside it with the suffix `.json`."""
     return f"{split}-{index:05d}.sig"
+
+
+def record_name(shard_file: str) -> str:
+    """File name of a shard's record."""
+    return Path(shard_file).with_suffix(".json").name
 
 
 def canonical_json(fields: Any) -> str:
@@ -79,23 +59,13 @@ class Layout:
     row_tokens: int
     k: int
     vocab_size: int
-    variant: str = VARIANT
+    variant: str = DEFAULT_VARIANT
     companding: Companding = field(default_factory=Companding)
-
-    @cached_property
-    def dtype(self) -> np.dtype[Any]:
-        """A stored row."""
-        return row_dtype(self.row_tokens, self.k, self.vocab_size)
 
     @property
     def wide(self) -> bool:
         """Whether ids need the u8 high plane."""
         return self.vocab_size > NARROW_VOCABULARY
-
-    @property
-    def block_rows(self) -> int:
-        """Rows under one crc32."""
-        return max(1, BLOCK_BYTES // self.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -108,6 +78,14 @@ class ShardEntry:
     bytes: int
     sha256: str
     record_sha256: str
+
+
+def bytes_per_token(layout: Layout, shards: Sequence[ShardEntry]) -> float | int | None:
+    """Mean bytes of a token in the given shards, their records not counted; None where there are no tokens."""
+    size, tokens = sum(shard.bytes for shard in shards), sum(shard.rows for shard in shards) * layout.row_tokens
+    if not tokens:
+        return None
+    return size / tokens if size % tokens else size // tokens
 
 
 @dataclass(frozen=True)
@@ -146,15 +124,17 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Parse signals.json; raises IntegrityError for another version or variant, or a changed byte."""
+        from lmdistill.signals import variant as variants  # which needs Layout
+
         try:
             fields = json.loads(text)
             version, variant = fields.pop("format"), fields["layout"]["variant"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(f"it does not parse: {error!r}") from error
-        if (version, variant) != (FORMAT_VERSION, VARIANT):
+        if version != FORMAT_VERSION or variant not in variants.names():
             raise IntegrityError(
                 f"this teacher cache has format {version}, variant '{variant}'",
-                why=f"this lmdistill reads format {FORMAT_VERSION}, variant '{VARIANT}'",
+                why=f"this lmdistill reads format {FORMAT_VERSION}, variants {', '.join(variants.names())}",
                 fix="use the lmdistill that wrote it, or run the teach stage again",
             )
         try:

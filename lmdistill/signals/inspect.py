@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmdistill.errors import IntegrityError
+from lmdistill.signals import variant as variants
 from lmdistill.signals.format import ShardEntry, bytes_per_token, find_folder, load_manifest
 from lmdistill.signals.integrity import shard_problems
 from lmdistill.signals.reader import SignalsReader
@@ -30,10 +31,14 @@ def describe(folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "digest": manifest.digest,
+        "variant": layout.variant,
+        "access": variants.get(layout.variant).access,
         "k": layout.k,
         "vocab_size": layout.vocab_size,
         "row_tokens": layout.row_tokens,
-        "bytes_per_token": bytes_per_token(layout.k, layout.vocab_size),
+        "bytes_per_token": bytes_per_token(
+            layout, [shard for split in manifest.splits.values() for shard in split.shards]
+        ),
         "packing": manifest.packing,
         "teacher": vars(manifest.teacher),
         "tokenizer_digest": manifest.tokenizer_digest,

@@ -1,6 +1,6 @@
 """Whether a shard's bytes are those that were written, and where they are not.
 
-A shard's record (`<shard>.json`) has a crc32 for each block of rows, so damage is named by shard and byte range.
+A shard's record (`<shard>.json`) has a crc32 for each block, so damage is named by shard and byte range.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 from lmdistill.pipeline.files import sha256_file
-from lmdistill.signals.format import Layout, ShardEntry, sha256_of
+from lmdistill.signals import variant as variants
+from lmdistill.signals.format import Layout, ShardEntry, record_name, sha256_of
 
 
 def shard_problems(folder: Path, shard: ShardEntry, layout: Layout) -> list[str]:
@@ -31,25 +33,17 @@ def shard_problems(folder: Path, shard: ShardEntry, layout: Layout) -> list[str]
         return problems
     if record is None:
         return [*problems, f"{shard.file}: bytes 0–{shard.bytes - 1}: sha256 differs"]
-    return [*problems, *_bad_blocks(path, json.loads(record)["crc32"], layout, shard.first_row)]
+    return [*problems, *_bad_blocks(path, json.loads(record), layout, shard)]
 
 
-def _bad_blocks(path: Path, crcs: list[int], layout: Layout, first_row: int) -> list[str]:
-    size = layout.block_rows * layout.dtype.itemsize
+def _bad_blocks(path: Path, record: dict[str, Any], layout: Layout, shard: ShardEntry) -> list[str]:
     problems = []
+    blocks = variants.get(layout.variant).blocks(layout, shard.rows, record)
     with path.open("rb") as file:
-        for block, crc in enumerate(crcs):
-            data = file.read(size)
-            if zlib.crc32(data) != crc:
-                row = first_row + block * layout.block_rows
-                rows = len(data) // layout.dtype.itemsize
-                problems.append(
-                    f"{path.name}: block {block} (rows {row}–{row + rows - 1}), "
-                    f"bytes {block * size}–{block * size + len(data) - 1}: crc32 differs"
-                )
+        for index, (block, crc) in enumerate(zip(blocks, record["crc32"], strict=True)):
+            if zlib.crc32(file.read(block.stop - block.start)) != crc:
+                first, rows = shard.first_row, block.rows
+                content = f"rows {first + rows[0]}–{first + rows[-1]}" if rows else "tables"
+                span = f"bytes {block.start}–{block.stop - 1}"
+                problems.append(f"{path.name}: block {index} ({content}), {span}: crc32 differs")
     return problems
-
-
-def record_name(shard_file: str) -> str:
-    """File name of a shard's record."""
-    return Path(shard_file).with_suffix(".json").name

@@ -6,7 +6,6 @@ Axes: R rows of a batch, T tokens in a row, K entries of a token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdistill.errors import IntegrityError, LmdistillError
-from lmdistill.signals.alignment import check_alignment
+from lmdistill.signals import variant as variants
+from lmdistill.signals.batch import SignalsBatch
 from lmdistill.signals.format import Manifest, ShardEntry, find_folder, load_manifest
 from lmdistill.signals.integrity import shard_problems
 
-F32 = NDArray[np.float32]
+__all__ = ["SignalsBatch", "SignalsReader"]
 DECODE_ROWS = 16  # rows decoded at a time: their temporaries stay in the processor's cache
-
-
-@dataclass(frozen=True)
-class SignalsBatch:
-    """Rows of the cache, decoded. Position t holds the teacher's prediction of token t+1."""
-
-    rows: NDArray[np.int64]  # [R] indices into the split
-    tokens_RT: NDArray[np.int32]
-    flags_RT: NDArray[np.uint8]  # LOSS | DOC_START | PAD as in the corpus
-    ids_RTK: NDArray[np.int32]  # most likely first
-    logp_RTK: F32  # nats, descending
-    tail_RT: F32  # log of the mass outside the K ids; −inf where K is the whole vocabulary
-    lp_next_RT: F32  # the teacher's log-prob of token t+1; NaN at a row's last position
 
 
 class SignalsReader:
@@ -53,7 +40,8 @@ class SignalsReader:
             )
         self.split, self.verify = split, verify
         self._shards = self.manifest.splits[split].shards
-        self._maps: dict[int, NDArray[np.uint8]] = {}
+        self._variant = variants.get(self.manifest.layout.variant)
+        self._open: dict[int, variants.StoredRows] = {}
         for shard in self._shards:
             self._check_size(shard)
 
@@ -61,8 +49,8 @@ class SignalsReader:
         return self.rows
 
     def __getstate__(self) -> dict[str, Any]:
-        """Workers of a data loader open their own maps."""
-        return {**self.__dict__, "_maps": {}}
+        """Workers of a data loader open the shards themselves."""
+        return {**self.__dict__, "_open": {}}
 
     @property
     def rows(self) -> int:
@@ -99,44 +87,16 @@ class SignalsReader:
         chosen = np.arange(self.rows)[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
         if chosen.size and (chosen.min() < 0 or chosen.max() >= self.rows):
             raise LmdistillError(f"row {chosen.min()}…{chosen.max()} asked of a split of {self.rows} rows")
-        shape = (len(chosen), self.row_tokens)
-        batch = SignalsBatch(
-            rows=chosen,
-            tokens_RT=np.empty(shape, np.int32),
-            flags_RT=np.empty(shape, np.uint8),
-            ids_RTK=np.empty((*shape, self.k), np.int32),
-            logp_RTK=np.empty((*shape, self.k), np.float32),
-            tail_RT=np.empty(shape, np.float32),
-            lp_next_RT=np.empty(shape, np.float32),
-        )
+        batch = SignalsBatch.empty(chosen, self.row_tokens, self.k)
         for start in range(0, len(chosen), DECODE_ROWS):
-            self._decode(batch, slice(start, start + DECODE_ROWS))
+            self._decode(batch.part(slice(start, start + DECODE_ROWS)))
         return batch
 
-    def _decode(self, batch: SignalsBatch, part: slice) -> None:
-        layout = self.manifest.layout
-        raw = self._raw(batch.rows[part])
-        tokens, ids, logp = batch.tokens_RT[part], batch.ids_RTK[part], batch.logp_RTK[part]
-        tokens[...], ids[...] = raw["token"], raw["ids"]
-        same_RTK = np.zeros(ids.shape, bool)
-        np.equal(raw["ids"][:, :-1], raw["token"][:, 1:, None], out=same_RTK[:, :-1])
-        if layout.wide:
-            tokens += raw["token_high"].astype(np.int32) << 16
-            ids += raw["ids_high"].astype(np.int32) << 16
-            same_RTK[:, :-1] &= raw["ids_high"][:, :-1] == raw["token_high"][:, 1:, None]
-        batch.flags_RT[part] = raw["flags"]
-        batch.tail_RT[part] = raw["tail"]
-        batch.lp_next_RT[part] = raw["lp_next"]
-        gaps_RTK = np.ascontiguousarray(raw["gaps"])
-        layout.companding.decode(raw["top1"], gaps_RTK, logp)
-        self._prove(batch, part, same_RTK, gaps_RTK)
-
-    def _prove(self, batch: SignalsBatch, part: slice, same_RTK: NDArray[Any], gaps_RTK: NDArray[Any]) -> None:
-        companding = self.manifest.layout.companding
-        found = check_alignment(same_RTK, gaps_RTK, batch.logp_RTK[part], batch.lp_next_RT[part], companding)
+    def _decode(self, batch: SignalsBatch) -> None:
+        found = self._variant.decode(self.manifest.layout, self._raw(batch.rows), batch)
         if found is None:
             return
-        row = int(batch.rows[part][found.row])
+        row = int(batch.rows[found.row])
         shard = self._shards[self._shard_of(row)]
         raise IntegrityError(
             f"the log-probs in {shard.file}, row {row} of '{self.split}', do not belong to its tokens",
@@ -147,20 +107,20 @@ class SignalsReader:
         )
 
     def _raw(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """The stored rows, copied out of the maps."""
-        dtype = self.manifest.layout.dtype
+        """The coded rows."""
+        dtype = self._variant.dtype(self.manifest.layout)
         raw = np.empty((len(rows), dtype.itemsize), np.uint8)
         for place, row in enumerate(rows.tolist()):
             index = self._shard_of(row)
-            raw[place] = self._map(index)[row - self._shards[index].first_row]
+            self._shard(index).copy_row(row - self._shards[index].first_row, raw[place])
         return raw.view(dtype)[:, 0]
 
     def _shard_of(self, row: int) -> int:
         return row // self.manifest.shard_rows
 
-    def _map(self, index: int) -> NDArray[np.uint8]:
-        """A shard's bytes, [rows, bytes of a row], checked when it is first asked for."""
-        if index not in self._maps:
+    def _shard(self, index: int) -> variants.StoredRows:
+        """A shard's rows; its bytes are checked when it is first asked for."""
+        if index not in self._open:
             shard = self._shards[index]
             problems = shard_problems(self.folder, shard, self.manifest.layout) if self.verify else []
             if problems:
@@ -169,9 +129,8 @@ class SignalsReader:
                     why="; ".join(problems[:4]),
                     fix="delete that shard's files and run the teach stage again: it alone is recomputed",
                 )
-            stored = np.memmap(self.folder / shard.file, np.uint8, mode="r")
-            self._maps[index] = stored.reshape(shard.rows, -1).view(np.ndarray)
-        return self._maps[index]
+            self._open[index] = self._variant.open(self.folder / shard.file, self.manifest.layout, shard.rows)
+        return self._open[index]
 
     def _check_size(self, shard: ShardEntry) -> None:
         path = self.folder / shard.file

@@ -40,7 +40,7 @@ class Statistics:
         flags_RT: NDArray[np.uint8],
         exact: TopK,
         decoded_RTK: NDArray[np.float32],
-        decoded_tail_RT: NDArray[np.float16],
+        decoded_tail_RT: NDArray[Any],
     ) -> None:
         """Count one batch: what the teacher said (`exact`) against what a reader will decode."""
         real_RT = (flags_RT & PAD) == 0
@@ -79,7 +79,7 @@ class Statistics:
         index = int(np.searchsorted(np.cumsum(self.kl_histogram), share * self.tokens))
         return float(10.0 ** (LOWEST_DECADE + (index + 1) / BINS_PER_DECADE))
 
-    def summary(self, bytes_per_token: int) -> dict[str, float | int | None]:
+    def summary(self, bytes_per_token: float | int | None) -> dict[str, float | int | None]:
         """Means and quantiles for the manifest; None where there is nothing to average."""
         tokens, targets = max(self.tokens, 1), max(self.targets, 1)
         return {

@@ -21,16 +21,20 @@ from numpy.typing import NDArray
 from lmdistill.corpus.format import tokens_digest
 from lmdistill.errors import StageError
 from lmdistill.pipeline.files import write_text
+from lmdistill.signals import variant as variants
+from lmdistill.signals.alignment import Misaligned
+from lmdistill.signals.batch import SignalsBatch
 from lmdistill.signals.format import (
     FORMAT_VERSION,
     Layout,
     ShardEntry,
     TeacherInfo,
     canonical_json,
+    record_name,
     sha256_of,
     shard_name,
 )
-from lmdistill.signals.integrity import record_name, shard_problems
+from lmdistill.signals.integrity import shard_problems
 from lmdistill.signals.statistics import Statistics
 from lmdistill.teachers.engine import TopK
 
@@ -103,37 +107,47 @@ class ShardWriter:
     def __init__(self, folder: Path, job: ShardJob, layout: Layout, source: str) -> None:
         self.folder, self.job, self.layout, self.source = folder, job, layout, source
         self.statistics = Statistics()
-        self._sha, self._crcs, self._rows = hashlib.sha256(), list[int](), 0
+        self._variant = variants.get(layout.variant)
+        self._packer = self._variant.packer(layout)
+        self._sha, self._crcs, self._rows, self._bytes = hashlib.sha256(), list[int](), 0, 0
         self._file: BinaryIO | None = None
 
     def append(self, tokens_RT: NDArray[Any], flags_RT: NDArray[np.uint8], exact: TopK) -> None:
         """Encode and write the next rows."""
         check_engine_output(exact, self.layout)
-        raw_R = self._encode(tokens_RT, flags_RT, exact)
-        decoded_RTK = np.empty(exact.logp_BTK.shape, np.float32)
-        self.layout.companding.decode(raw_R["top1"], raw_R["gaps"], decoded_RTK)
-        self.statistics.add(tokens_RT, flags_RT, exact, decoded_RTK, raw_R["tail"])
-        try:
-            if self._file is None:
-                self._file = self._part.open("wb")
-            for row in raw_R:
-                self._write_row(self._file, row.tobytes())
-        except OSError as error:
-            raise self._disk_error(error) from error
+        raw_R = self._variant.code(self.layout, tokens_RT, flags_RT, exact)
+        decoded = SignalsBatch.empty(np.arange(len(raw_R)), self.layout.row_tokens, self.layout.k)
+        self.refuse(self._variant.decode(self.layout, raw_R, decoded))
+        self.statistics.add(tokens_RT, flags_RT, exact, decoded.logp_RTK, decoded.tail_RT)
+        self._write(self._packer.add(raw_R))
+        self._rows += len(raw_R)
+
+    def refuse(self, found: Misaligned | None) -> None:
+        """Raise StageError where the engine's log-probs do not belong to its tokens: before a byte is written."""
+        if found is not None:
+            raise StageError(
+                f"the teacher engine's log-probs of row {self.job.first_row + self._rows + found.row} do not belong to "
+                "its tokens",
+                why=f"position {found.position}: the next token has log-prob {found.expected:.4f}, the entries say "
+                f"{found.decoded:.4f}; {found.failures} of {found.checked} positions differ",
+                fix="run the engine's tests: it shifts its output or computes the next token's log-prob otherwise",
+            )
 
     def commit(self) -> ShardRecord:
         """Make the shard and then its record durable under their final names."""
         if self._file is None or self._rows != self.job.rows:
             raise StageError(f"shard {self.job.file} has {self._rows} rows, not {self.job.rows}")
+        self._write(self._packer.finish())
         fields = {
             "file": self.job.file,
             "first_row": self.job.first_row,
             "rows": self._rows,
-            "bytes": self._rows * self.layout.dtype.itemsize,
+            "bytes": self._bytes,
             "sha256": self._sha.hexdigest(),
             "crc32": self._crcs,
             "source": self.source,
             "statistics": asdict(self.statistics),
+            **self._packer.index(),
         }
         record = canonical_json(fields).encode()
         try:
@@ -146,26 +160,20 @@ class ShardWriter:
             raise self._disk_error(error) from error
         return ShardRecord(_entry(fields, record), self.statistics)
 
-    def _encode(self, tokens_RT: NDArray[Any], flags_RT: NDArray[np.uint8], exact: TopK) -> NDArray[Any]:
-        raw_R = np.empty(len(tokens_RT), self.layout.dtype)
-        code = self.layout.companding.encode(exact.logp_BTK, exact.tail_BT)
-        raw_R["token"] = tokens_RT & 0xFFFF
-        raw_R["flags"] = flags_RT
-        raw_R["top1"], raw_R["tail"], raw_R["gaps"] = code.top1_N, code.tail_N, code.gaps_NK
-        raw_R["ids"] = exact.ids_BTK & 0xFFFF
-        with np.errstate(over="ignore"):  # below −65,504 nats it is −inf
-            raw_R["lp_next"] = exact.lp_next_BT
-        if self.layout.wide:
-            raw_R["token_high"], raw_R["ids_high"] = tokens_RT >> 16, exact.ids_BTK >> 16
-        return raw_R
+    def _write(self, blocks: list[bytes]) -> None:
+        try:
+            if self._file is None:
+                self._file = self._part.open("wb")
+            for data in blocks:
+                self._write_block(self._file, data)
+        except OSError as error:
+            raise self._disk_error(error) from error
 
-    def _write_row(self, file: BinaryIO, data: bytes) -> None:
+    def _write_block(self, file: BinaryIO, data: bytes) -> None:
         file.write(data)
         self._sha.update(data)
-        if self._rows % self.layout.block_rows == 0:
-            self._crcs.append(0)
-        self._crcs[-1] = zlib.crc32(data, self._crcs[-1])
-        self._rows += 1
+        self._crcs.append(zlib.crc32(data))
+        self._bytes += len(data)
 
     @property
     def _part(self) -> Path:
@@ -174,7 +182,7 @@ class ShardWriter:
     def _disk_error(self, error: OSError) -> StageError:
         """What to do about a failed write; gives the unfinished shard's space back."""
         remove_parts(self.folder)
-        need = self.job.rows * self.layout.dtype.itemsize
+        need = self.job.rows * self.layout.row_tokens * self._variant.bytes_bound(self.layout)
         return StageError(
             f"cannot write shard {self.job.file} in {self.folder}: {os.strerror(error.errno or 0)}",
             why=f"this shard takes {need / 1e6:.1f} MB; finished shards are kept",

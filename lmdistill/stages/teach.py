@@ -32,7 +32,7 @@ class TeachConfig(StageConfig):
     splits: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default=("train",), description="splits of the corpus to score"
     )
-    variant: Literal["mmap"] = Field(default="mmap", description="mmap: fixed stride, memory-mapped, random access")
+    variant: str = Field(default="mmap", description="how the cache is stored (lmdistill/signals/variants)")
     shard_rows: Annotated[int, Field(ge=1)] = Field(
         default=256, description="corpus rows in a shard: what a killed run loses at most; more for fast devices"
     )
@@ -56,9 +56,9 @@ class TeachStage(Stage[TeachConfig]):
         return True
 
     def preflight(self, ctx: PreflightContext[TeachConfig]) -> list[LmdistillError]:
-        """Engine, K against the vocabulary, token maps, splits."""
+        """Engine, variant, K against the vocabulary, token maps, splits."""
         errors: list[LmdistillError] = []
-        checks = (_check_engine, _check_tokens, _check_splits)
+        checks = (_check_engine, _check_variant, _check_tokens, _check_splits)
         for check in checks:
             try:
                 check(ctx)
@@ -73,9 +73,11 @@ class TeachStage(Stage[TeachConfig]):
             parameters = _parameters(ctx.teacher.path)
             memory = parameters * WIDTHS[ctx.config.precision] + BASE_MEMORY
             if tokens is not None:
-                from lmdistill.signals.format import bytes_per_token
+                from lmdistill.signals import variant as variants
+                from lmdistill.signals.format import Layout
 
-                disk = tokens * bytes_per_token(ctx.config.k, real_vocabulary(token_map(ctx.teacher.path)))
+                layout = Layout(1, ctx.config.k, real_vocabulary(token_map(ctx.teacher.path)), ctx.config.variant)
+                disk = tokens * variants.get(layout.variant).bytes_bound(layout)
                 seconds = tokens * 2 * parameters / CPU_FLOPS
         return Estimate(seconds, disk, memory, note="time on two CPU cores in bfloat16; a GPU takes far less")
 
@@ -143,6 +145,12 @@ def _open_engine(ctx: StageContext[TeachConfig], teacher: ModelRef, corpus: Corp
 
 def _check_engine(ctx: PreflightContext[TeachConfig]) -> None:
     check_engine(ctx.config.engine)
+
+
+def _check_variant(ctx: PreflightContext[TeachConfig]) -> None:
+    from lmdistill.signals import variant as variants
+
+    variants.get(ctx.config.variant)
 
 
 def _check_tokens(ctx: PreflightContext[TeachConfig]) -> None:

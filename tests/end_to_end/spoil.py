@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lmdistill.pipeline.files import sha256_file
+from lmdistill.signals import variant as variants
 from lmdistill.signals.format import Manifest, canonical_json, load_manifest
 
 
@@ -47,16 +48,18 @@ def shift_tokens(teach: Path) -> None:
     """Shift every row's tokens by one against their log-probs, and make every digest right again."""
     manifest, out = load_manifest(teach / "out"), teach / "out"
     layout, splits = manifest.layout, {}
+    variant = variants.get(layout.variant)
     for name, split in manifest.splits.items():
         shards = []
         for shard in split.shards:
-            rows = np.fromfile(out / shard.file, layout.dtype)
+            rows = np.fromfile(out / shard.file, variant.dtype(layout))
             rows["token"] = np.roll(rows["token"], 1, axis=1)
             rows.tofile(out / shard.file)
             record_file = (out / shard.file).with_suffix(".json")
-            blocks = [rows[start : start + layout.block_rows] for start in range(0, len(rows), layout.block_rows)]
+            packer = variant.packer(layout)
+            blocks = [*packer.add(rows), *packer.finish()]
             record = json.loads(record_file.read_text())
-            record |= {"sha256": sha256_file(out / shard.file), "crc32": [zlib.crc32(b.tobytes()) for b in blocks]}
+            record |= {"sha256": sha256_file(out / shard.file), "crc32": [zlib.crc32(block) for block in blocks]}
             record_file.write_text(canonical_json(record))
             shards.append(replace(shard, sha256=record["sha256"], record_sha256=sha256_file(record_file)))
         splits[name] = replace(split, shards=tuple(shards))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lmdistill.asset_spec import AssetSpec
 from lmdistill.pipeline.keys import assets_in, fingerprint, semantic, stage_key, tool_versions
-from lmdistill.pipeline.stage import Planned, StageConfig
+from lmdistill.pipeline.stage import AddedKey, Planned, StageConfig
 from lmdistill.stages import load_stage
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -85,6 +85,17 @@ def test_paths_in_a_configuration_count_by_content() -> None:
 
     found = semantic(Config(file=Path("x.txt")), identity)
     assert found == {"file": {"asset": "identity of x.txt"}}
+
+
+def test_a_key_added_later_counts_only_off_its_default() -> None:
+    class Before(StageConfig):
+        k: int = 32
+
+    class After(Before):
+        top_p: Annotated[float | None, AddedKey()] = None
+
+    assert semantic(After(), identity) == semantic(Before(), identity)
+    assert semantic(After(top_p=0.9), identity) == {"k": 32, "top_p": 0.9}
 
 
 def test_version_inputs_and_tools_change_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lmdistill.corpus.format import DOC_START, LOSS, CorpusMeta, CorpusReader, SplitMeta, token_dtype, tokens_digest
 from lmdistill.pipeline.stage import SilentProgress
+from lmdistill.signals.alignment import Misaligned
 from lmdistill.signals.capture import Capture
 from lmdistill.signals.format import Layout, Manifest, SplitEntry, TeacherInfo
 from lmdistill.signals.writer import ShardWriter, plan_shards, source_digest
@@ -110,6 +111,13 @@ def capture(corpus: Path, out: Path, engine: Any, splits: tuple[str, ...] = ("tr
     )
 
 
+class CredulousWriter(ShardWriter):
+    """Writes predictions that do not belong to their tokens, for readers to refuse."""
+
+    def refuse(self, found: Misaligned | None) -> None:
+        """Take them."""
+
+
 def write_cache(
     out: Path, tokens: NDArray[Any], flags: NDArray[np.uint8], exact: TopK, vocab: int, shard_rows: int = 4
 ) -> Manifest:
@@ -118,7 +126,7 @@ def write_cache(
     layout = Layout(tokens.shape[1], exact.ids_BTK.shape[-1], vocab)
     source, entries, writer = source_digest(layout, TEACHER, tokens, flags), [], None
     for job in plan_shards("train", len(tokens), shard_rows):
-        writer = ShardWriter(out, job, layout, source)
+        writer = CredulousWriter(out, job, layout, source)
         columns = (exact.ids_BTK, exact.logp_BTK, exact.tail_BT, exact.lp_next_BT)
         writer.append(tokens[job.span], flags[job.span], TopK(*(column[job.span] for column in columns)))
         entries.append(writer.commit().entry)

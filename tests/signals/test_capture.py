@@ -157,15 +157,16 @@ def test_a_failing_engine_ends_the_writer(corpus, tmp_path):
 @pytest.mark.parametrize("shard", [0, 2])
 def test_disk_full(corpus, undisturbed, tmp_path, monkeypatch, shard):
     """ENOSPC is one clear message that gives the unfinished shard's space back; a resumed run completes."""
-    append = writer_module.ShardWriter._write_row
+    write = writer_module.ShardWriter._write_block
 
     def full(self, file, data):
-        if self.job.index == shard and self._rows == 3:
+        if self.job.index == shard:
+            file.write(data[:100])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        append(self, file, data)
+        write(self, file, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer_module.ShardWriter, "_write_row", full)
+        patch.setattr(writer_module.ShardWriter, "_write_block", full)
         with pytest.raises(StageError, match=f"shard train-0000{shard}.*No space left on device") as caught:
             capture(corpus, tmp_path, BigramEngine(), ("train", "valid")).run()
     assert "free some space" in caught.value.fix

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from signals_synthetic import VOCAB, random_rows, write_cache
 
 from lmdistill.errors import IntegrityError, LmdistillError
-from lmdistill.signals.format import bytes_per_token
+from lmdistill.signals import variant as variants
+from lmdistill.signals.format import Layout
 from lmdistill.signals.inspect import describe, verify
 from lmdistill.signals.reader import SignalsReader
 
@@ -38,8 +39,9 @@ def test_round_trip(tmp_path, vocab, k):
 
 def test_stride():
     """A token takes 104 bytes at K = 32 up to a vocabulary of 65,536, and K + 1 more above."""
-    assert bytes_per_token(32, 65_536) == 104
-    assert bytes_per_token(32, 65_537) == 104 + 33
+    bound = variants.get("mmap").bytes_bound
+    assert bound(Layout(256, 32, 65_536)) == 104
+    assert bound(Layout(256, 32, 65_537)) == 104 + 33
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_artefact_or_its_out(folder):
     ("change", "message"),
     [
         (lambda m: m.update(format=2), "format 2"),
-        (lambda m: m["layout"].update(variant="compact"), "variant 'compact'"),
+        (lambda m: m["layout"].update(variant="other"), "variant 'other'"),
         (lambda m: m["layout"].update(k=9), "digest"),
         (lambda m: m.pop("teacher"), "missing"),
     ],

@@ -81,10 +81,16 @@ def test_other_token_maps_are_listed(toy, corpus, tmp_path):
 
 
 def test_keys_are_tight():
-    """No K of zero, no other precision, no other variant, no unknown key."""
-    for wrong in ({"k": 0}, {"precision": "int8"}, {"variant": "compact"}, {"splits": ()}, {"top_k": 3}):
+    """No K of zero, no other precision, no unknown key."""
+    for wrong in ({"k": 0}, {"precision": "int8"}, {"splits": ()}, {"top_k": 3}):
         with pytest.raises(ValidationError):
             TeachConfig(**wrong)
+
+
+def test_an_unknown_variant_is_told_before_anything_runs(toy, corpus, tmp_path):
+    """With the nearest name and what there is."""
+    [error] = STAGE.preflight(before(toy, corpus, tmp_path, variant="mmapp"))
+    assert "did you mean 'mmap'" in error.what
 
 
 def test_run_and_run_again(toy, corpus, tmp_path):
