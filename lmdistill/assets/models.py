@@ -19,7 +19,7 @@ def model_available(spec: AssetSpec) -> ModelRef | None:
         return None
     if path.is_file():
         folder = _converted(path)
-        return _reference(spec, _unchanged(folder)) if folder.exists() else None
+        return _reference(spec, _unchanged(folder), gguf=path) if folder.exists() else None
     return _reference(spec, _usable(path, spec))
 
 
@@ -42,7 +42,7 @@ def model_folder(spec: AssetSpec, progress: Progress) -> ModelRef:
             from lmdistill.teachers.gguf_import import import_gguf
 
             import_gguf(path, folder, progress)
-    return _reference(spec, _unchanged(folder))
+    return _reference(spec, _unchanged(folder), gguf=path)
 
 
 def tokenizer_folder(spec: AssetSpec, progress: Progress) -> Path:
@@ -77,9 +77,9 @@ def _unchanged(folder: Path) -> Path:
     return folder
 
 
-def _reference(spec: AssetSpec, folder: Path) -> ModelRef:
+def _reference(spec: AssetSpec, folder: Path, gguf: Path | None = None) -> ModelRef:
     name = spec.location.name.rstrip("/").rsplit("/", 1)[-1]
-    return ModelRef(name=name, path=folder, digest=identity(spec), source=spec.source)
+    return ModelRef(name=name, path=folder, digest=identity(spec), source=spec.source, gguf=gguf)
 
 
 def _usable(folder: Path, spec: AssetSpec) -> Path:

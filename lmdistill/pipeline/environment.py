@@ -47,7 +47,7 @@ def _entry(stage: str, name: str, entry: Any) -> dict[str, Any]:
 
 def write_environment(plan: Plan) -> None:
     """environment.json: Python, platform, processor, memory, package versions."""
-    tools = tuple(dict.fromkeys([*PACKAGES, *(tool for step in plan.steps for tool in step.entry.stage.tools)]))
+    tools = tuple(dict.fromkeys([*PACKAGES, *(tool for step in plan.steps for tool in step.key["tools"])]))
     about = {
         "lmdistill": __version__,
         "python": platform.python_version(),

@@ -27,12 +27,16 @@ def artefact_from_json(data: Json) -> Artefact:
 
 def model_to_json(model: ModelRef | None) -> Json | None:
     """A checkpoint reference, or None."""
-    return dataclasses.asdict(model) | {"path": str(model.path)} if model else None
+    if model is None:
+        return None
+    return dataclasses.asdict(model) | {"path": str(model.path), "gguf": str(model.gguf) if model.gguf else None}
 
 
 def model_from_json(data: Json | None) -> ModelRef | None:
     """The inverse of `model_to_json`."""
-    return ModelRef(**(data | {"path": Path(data["path"])})) if data else None
+    if data is None:
+        return None
+    return ModelRef(**(data | {"path": Path(data["path"]), "gguf": Path(data["gguf"]) if data["gguf"] else None}))
 
 
 def runtime_from_json(data: Json) -> Runtime:

@@ -141,7 +141,7 @@ def make_plan(recipe: Recipe, run_dir: Path, selection: Selection | None = None)
     for number, entry in enumerate(recipe.entries, 1):
         inputs = {role: [planned[name] for name in names] for role, names in entry.inputs.items()}
         python = recipe.runtime.python.get(entry.name, sys.executable)
-        tools = tool_versions(entry.stage.tools, python)
+        tools = tool_versions(entry.stage.tools_used(entry.config), python)
         digest = teacher.fingerprint if teacher else None
         key = stage_key(entry.stage, entry.name, entry.config, inputs, digest, tools, identity)
         step = _step(number, entry, key, inputs, store, selection, selected, python)

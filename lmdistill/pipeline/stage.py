@@ -54,6 +54,7 @@ class ModelRef:
     path: Path
     digest: str  # sha256 identity of the asset or artefact it comes from
     source: str = ""  # what the recipe says: hf:…, pypi:…, a path
+    gguf: Path | None = None  # the GGUF file that the folder was imported from
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,10 @@ class Stage(Generic[ConfigT]):
     def uses_teacher(self, config: ConfigT) -> bool:
         """Whether the teacher's digest is part of the fingerprint."""
         return False
+
+    def tools_used(self, config: ConfigT) -> tuple[str, ...]:
+        """`tools`, and those that this configuration adds."""
+        return self.tools
 
     def preflight(self, ctx: PreflightContext[ConfigT]) -> list[LmdistillError]:
         """Everything that can be known before work starts; an empty list lets the pipeline start."""
