@@ -32,9 +32,12 @@ def fsync_tree(folder: Path) -> None:
         fsync(Path(parent))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there in full or not at all, even after a power cut."""
-    partial = path.with_name(f".{path.name}.tmp")
+def write_text(path: Path, text: str, partial_name: str = "") -> None:
+    """Write a file that is there in full or not at all, even after a power cut.
+
+    Processes that may write it at the same time each give the name it has before it is whole.
+    """
+    partial = path.with_name(partial_name or f".{path.name}.tmp")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from lmdistill.corpus.format import DOC_START, CorpusReader, CorpusSplit
-from lmdistill.errors import IntegrityError
+from lmdistill.corpus.format import CorpusReader, CorpusSplit
+from lmdistill.errors import IntegrityError, StageError
 from lmdistill.pipeline.files import write_text
 from lmdistill.pipeline.stage import Progress
-from lmdistill.signals.background import BackgroundWriter
 from lmdistill.signals.format import MANIFEST_FILE, Layout, Manifest, SplitEntry, TeacherInfo, bytes_per_token
+from lmdistill.signals.shard_work import Executor, InProcess, ShardWork
 from lmdistill.signals.statistics import Statistics
-from lmdistill.signals.writer import (
-    ShardJob,
-    ShardRecord,
-    ShardWriter,
-    finished_shard,
-    plan_shards,
-    remove_parts,
-    source_digest,
-)
+from lmdistill.signals.writer import ShardJob, ShardRecord, finished_shard, plan_shards, remove_parts
 from lmdistill.teachers.engine import TeacherEngine
 
 
@@ -35,10 +27,12 @@ class Capture:
     splits: Sequence[str]
     layout: Layout
     teacher: TeacherInfo
-    open_engine: Callable[[], TeacherEngine]  # called once, and only if a shard is missing
+    open_engine: Callable[[], TeacherEngine]  # called once by every worker, and only if a shard is missing
     shard_rows: int
     batch_rows: int
     progress: Progress
+    executor: Executor = field(default_factory=InProcess)
+    teacher_files: tuple[Path, ...] = ()  # what `open_engine` reads
 
     def run(self) -> Manifest:
         """Write what is missing and signals.json."""
@@ -51,9 +45,10 @@ class Capture:
         if kept:
             self.progress.note(f"{kept} of {len(jobs)} shards were finished before and are kept")
         if missing:
-            self._write(missing, records)
+            self.executor.run(self._work, missing, records.__setitem__, self.progress)
+            remove_parts(self.folder)  # of workers that were lost
         manifest = self._manifest({job: record for job, record in records.items() if record is not None})
-        write_text(self.folder / MANIFEST_FILE, manifest.to_json())
+        self._write(manifest)
         return manifest
 
     def _split(self, name: str) -> CorpusSplit:
@@ -62,33 +57,33 @@ class Capture:
             raise IntegrityError(f"split '{name}' of the corpus is empty", fix=f"drop '{name}' from `splits`")
         return split
 
-    def _source(self, job: ShardJob) -> str:
-        split = self.corpus.split(job.split)
-        return source_digest(self.layout, self.teacher, split.tokens_RT[job.span], split.flags_RT[job.span])
+    @property
+    def _work(self) -> ShardWork:
+        return ShardWork(
+            self.folder,
+            self.corpus.folder,
+            self.layout,
+            self.teacher,
+            self.open_engine,
+            self.batch_rows,
+            self.teacher_files,
+        )
 
     def _finished(self, job: ShardJob) -> ShardRecord | None:
-        record, problems = finished_shard(self.folder, job, self.layout, self._source(job))
+        record, problems = finished_shard(self.folder, job, self.layout, self._work.source(self.corpus, job))
         for problem in problems:
             self.progress.note(f"recomputing shard {job.file}: {problem}")
         return record
 
-    def _write(self, missing: list[ShardJob], records: dict[ShardJob, ShardRecord | None]) -> None:
-        engine = self.open_engine()
-        total = sum(job.rows for job in missing) * self.layout.row_tokens
-        done, started = 0, time.monotonic()
-        with BackgroundWriter() as background:
-            for job in missing:
-                split = self.corpus.split(job.split)
-                writer = ShardWriter(self.folder, job, self.layout, self._source(job))
-                for start in range(job.span.start, job.span.stop, self.batch_rows):
-                    rows = slice(start, min(start + self.batch_rows, job.span.stop))
-                    tokens, flags = split.tokens_RT[rows].astype("int32"), split.flags_RT[rows]
-                    exact = engine.score(tokens, (flags & DOC_START) != 0)
-                    background.put(lambda w=writer, t=tokens, f=flags, e=exact: w.append(t, f, e))  # type: ignore[misc]
-                    done += tokens.size
-                    speed = done / (time.monotonic() - started)
-                    self.progress.update(done, total, "tokens", tokens_per_second=round(speed))
-                background.put(lambda w=writer, j=job: records.update({j: w.commit()}))  # type: ignore[misc]
+    def _write(self, manifest: Manifest) -> None:
+        try:
+            write_text(self.folder / MANIFEST_FILE, manifest.to_json())
+        except OSError as error:
+            raise StageError(
+                f"cannot write {MANIFEST_FILE} in {self.folder}: {os.strerror(error.errno or 0)}",
+                why="all shards are finished and kept",
+                fix="free some space and run the same command again",
+            ) from error
 
     def _manifest(self, records: dict[ShardJob, ShardRecord]) -> Manifest:
         splits = {}

@@ -7,6 +7,7 @@ is the proof that the shard is complete. Any number of processes may write diffe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -102,10 +103,15 @@ def _entry(fields: dict[str, Any], record: bytes) -> ShardEntry:
 
 
 class ShardWriter:
-    """Writes the rows of one job in order. Raises StageError where the disk is full or the engine's output unfit."""
+    """Writes the rows of one job in order. Raises StageError where the disk is full or the engine's output unfit.
 
-    def __init__(self, folder: Path, job: ShardJob, layout: Layout, source: str) -> None:
+    Writers of one shard at the same time, each with a `writer_id` of its own, end with the same bytes: what the last
+    one wrote takes the name.
+    """
+
+    def __init__(self, folder: Path, job: ShardJob, layout: Layout, source: str, writer_id: str = "") -> None:
         self.folder, self.job, self.layout, self.source = folder, job, layout, source
+        self._writer_id = writer_id
         self.statistics = Statistics()
         self._variant = variants.get(layout.variant)
         self._packer = self._variant.packer(layout)
@@ -155,7 +161,7 @@ class ShardWriter:
                 file.flush()
                 os.fsync(file.fileno())
             self._part.replace(self.folder / self.job.file)
-            write_text(self.folder / record_name(self.job.file), record.decode())  # fsyncs the folder too
+            write_text(self.folder / record_name(self.job.file), record.decode(), self._part.name)  # fsyncs the folder
         except OSError as error:
             raise self._disk_error(error) from error
         return ShardRecord(_entry(fields, record), self.statistics)
@@ -177,11 +183,14 @@ class ShardWriter:
 
     @property
     def _part(self) -> Path:
-        return self.folder / f".{self.job.file}.tmp"
+        return self.folder / f".{self.job.file}{self._writer_id}.tmp"
 
     def _disk_error(self, error: OSError) -> StageError:
-        """What to do about a failed write; gives the unfinished shard's space back."""
-        remove_parts(self.folder)
+        """What to do about a failed write; gives the unfinished shard's space back, and no other writer's."""
+        with contextlib.suppress(OSError):  # what is buffered cannot be written either
+            if self._file is not None:
+                self._file.close()
+        self._part.unlink(missing_ok=True)
         need = self.job.rows * self.layout.row_tokens * self._variant.bytes_bound(self.layout)
         return StageError(
             f"cannot write shard {self.job.file} in {self.folder}: {os.strerror(error.errno or 0)}",
