@@ -17,8 +17,8 @@ demo: $(VENV)/.installed
 	$(BIN)/lmdistill pipeline $(RECIPE)
 
 test: $(VENV)/.installed
-	$(BIN)/ruff check lmdistill tests benchmarks
-	$(BIN)/ruff format --check lmdistill tests benchmarks
+	$(BIN)/ruff check lmdistill tests benchmarks export
+	$(BIN)/ruff format --check lmdistill tests benchmarks export
 	$(BIN)/mypy
 	$(BIN)/pytest
 

@@ -78,8 +78,10 @@ def _keys(column: Any) -> NDArray[np.void]:
 
 def with_targets(documents: Documents) -> Indices:
     """The documents that have at least one target."""
-    counts_N = np.concatenate([[0], np.cumsum(documents.targets_N, dtype=np.int64)])
-    return np.flatnonzero(np.diff(counts_N[documents.starts_D]) > 0)
+    with_tokens = np.flatnonzero(documents.lengths_D)
+    if not len(with_tokens):
+        return with_tokens
+    return with_tokens[np.logical_or.reduceat(documents.targets_N, documents.starts_D[with_tokens])]
 
 
 def first_of_each_text(documents: Documents, chosen: Indices) -> Indices:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmdistill.corpus.config import CorpusConfig, Source
 from lmdistill.errors import IntegrityError, LmdistillError, PreflightError
 from lmdistill.pipeline.stage import Estimate, PreflightContext, Stage, StageContext
 
+if TYPE_CHECKING:
+    from lmdistill.corpus.format import CorpusSplit
+
 BYTES_PER_SECOND = 1_000_000  # text loaded, encoded and packed by one process of a laptop
+VERIFY_ROWS = 4096  # rows at a time, so that memory does not grow with the corpus
 DISK_PER_BYTE = 5  # of text: the records, the encoded documents, the rows
 
 
@@ -59,17 +63,25 @@ class CorpusStage(Stage[CorpusConfig]):
 
     def verify(self, ctx: StageContext[CorpusConfig], metrics: dict[str, Any]) -> None:
         """What lies on disk is what was counted, every row has a target, and no target is padding."""
-        from lmdistill.corpus.format import LOSS, PAD, CorpusReader
+        from lmdistill.corpus.format import CorpusReader
 
         reader = CorpusReader(ctx.out)
         reader.verify()
-        for name, split in reader.splits.items():
-            loss_RT = (split.flags_RT & LOSS) != 0
-            padding_RT = (split.flags_RT & PAD) != 0
-            if not loss_RT.any(axis=1).all() or loss_RT[:, -1].any() or (loss_RT[:, :-1] & padding_RT[:, 1:]).any():
-                raise IntegrityError(f"split '{name}' has a row without a target, or a target outside its document")
-            if int(split.tokens_RT.max()) >= reader.meta.vocab_size:
-                raise IntegrityError(f"split '{name}' holds ids above the tokenizer's vocabulary")
+        for split in reader.splits.values():
+            for start in range(0, len(split), VERIFY_ROWS):
+                _check_rows(split, slice(start, start + VERIFY_ROWS), reader.meta.vocab_size)
+
+
+def _check_rows(split: CorpusSplit, rows: slice, vocab_size: int) -> None:
+    """Raise IntegrityError where a row has no target, a target that is padding, or an id that no token has."""
+    from lmdistill.corpus.format import LOSS, PAD
+
+    flags_RT = split.flags_RT[rows]
+    loss_RT, padding_RT = (flags_RT & LOSS) != 0, (flags_RT & PAD) != 0
+    if not loss_RT.any(axis=1).all() or loss_RT[:, -1].any() or (loss_RT[:, :-1] & padding_RT[:, 1:]).any():
+        raise IntegrityError(f"split '{split.name}' has a row without a target, or a target outside its document")
+    if int(split.tokens_RT[rows].max()) >= vocab_size:
+        raise IntegrityError(f"split '{split.name}' holds ids above the tokenizer's vocabulary")
 
 
 def _source_problem(source: Source) -> LmdistillError | None:
