@@ -191,11 +191,11 @@ class LlamaCppRuntime:
             why = "; ".join(take_log())
             raise LmdistillError(f"llama.cpp failed on {self.path} (status {status}, position {start})", why=why)
 
-    def logit_chunks(self, tokens_T: Sequence[int]) -> Iterator[tuple[int, Logits]]:
+    def logit_chunks(self, tokens_T: Sequence[int], *, copy: bool = True) -> Iterator[tuple[int, Logits]]:
         """Yield (start, logits `[C, V]`) over one sequence: row i predicts token start + i + 1.
 
-        Memory is bounded by n_batch · V floats; the array is the caller's. Raises LmdistillError where T > n_ctx
-        or an id is outside the vocabulary.
+        Memory is bounded by n_batch · V floats; the array is the caller's, or with `copy=False` llama.cpp's own, which
+        the next chunk overwrites. Raises LmdistillError where T > n_ctx or an id is outside the vocabulary.
         """
         import numpy as np
 
@@ -212,8 +212,8 @@ class LlamaCppRuntime:
             tokens_C = ids_T[start : start + self.n_batch]
             self._evaluate(tokens_C, start, all_logits=True)
             pointer = self._lib.llama_get_logits(self._ctx)
-            logits_CV = np.ctypeslib.as_array(pointer, shape=(len(tokens_C), V)).astype(np.float32, copy=True)
-            yield start, logits_CV
+            logits_CV = np.ctypeslib.as_array(pointer, shape=(len(tokens_C), V))
+            yield start, logits_CV.copy() if copy else logits_CV
 
     def logits(self, tokens_T: Sequence[int]) -> Logits:
         """Logits `[T, V]` of one sequence; row i predicts token i + 1."""

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from lmdistill.errors import IntegrityError, LmdistillError, PreflightError
 from lmdistill.pipeline.stage import Estimate, Input, ModelRef, PreflightContext, Stage, StageConfig, StageContext
-from lmdistill.teachers.registry import check_engine, create_engine
+from lmdistill.teachers.registry import ENGINES, check_engine, create_engine, tools_of
 from lmdistill.teachers.token_maps import check_same_tokens, real_vocabulary, token_map
 
 if TYPE_CHECKING:
@@ -49,11 +49,14 @@ class TeachStage(Stage[TeachConfig]):
     Config = TeachConfig
     inputs = (Input("corpus", ("corpus",)),)
     output = "signals"
-    tools = ("torch", "transformers")
 
     def uses_teacher(self, config: TeachConfig) -> bool:
         """The teacher speaks here."""
         return True
+
+    def tools_used(self, config: TeachConfig) -> tuple[str, ...]:
+        """Those of the engine."""
+        return tools_of(config.engine)
 
     def preflight(self, ctx: PreflightContext[TeachConfig]) -> list[LmdistillError]:
         """Engine, variant, K against the vocabulary, token maps, splits."""
@@ -97,7 +100,9 @@ class TeachStage(Stage[TeachConfig]):
             corpus=corpus,
             splits=ctx.config.splits,
             layout=Layout(corpus.meta.sequence_length, ctx.config.k, corpus.meta.vocab_size, ctx.config.variant),
-            teacher=TeacherInfo(teacher.source, teacher.digest, ctx.config.precision, ctx.config.engine, version),
+            teacher=TeacherInfo(
+                teacher.source, teacher.digest, _precision(ctx.config, teacher), ctx.config.engine, version
+            ),
             open_engine=lambda: _open_engine(ctx, teacher, corpus),
             shard_rows=ctx.config.shard_rows,
             batch_rows=ctx.config.batch_rows,
@@ -138,6 +143,7 @@ def _open_engine(ctx: StageContext[TeachConfig], teacher: ModelRef, corpus: Corp
         device=ctx.runtime.resolve_device(),
         threads=ctx.runtime.threads,
         isolate=corpus.meta.packing == "isolate",
+        row_tokens=corpus.meta.sequence_length,
     )
     engine.open(teacher, options)
     return engine
@@ -145,6 +151,23 @@ def _open_engine(ctx: StageContext[TeachConfig], teacher: ModelRef, corpus: Corp
 
 def _check_engine(ctx: PreflightContext[TeachConfig]) -> None:
     check_engine(ctx.config.engine)
+    if ctx.teacher is not None:
+        _precision(ctx.config, ctx.teacher)
+
+
+def _precision(config: TeachConfig, teacher: ModelRef) -> str:
+    """The precision that the manifest names; PreflightError where the engine cannot have the one that is asked."""
+    if not ENGINES[config.engine].gguf:
+        return config.precision
+    from lmdistill.teachers.llama_cpp_engine import need_gguf, weight_type
+
+    if config.precision != "float32":
+        raise PreflightError(
+            f"engine '{config.engine}' cannot score in {config.precision}",
+            why="the weights are as precise as the GGUF file, the rest is float32",
+            fix="drop `precision`; a GGUF of another file type is another teacher",
+        )
+    return weight_type(need_gguf(teacher))
 
 
 def _check_variant(ctx: PreflightContext[TeachConfig]) -> None:

@@ -35,6 +35,7 @@ class EngineOptions:
     device: str = "cpu"
     threads: int | None = None
     isolate: bool = False  # rows hold several documents that must not see each other
+    row_tokens: int = 2048  # the longest row, for engines that must make room for it
 
 
 class TeacherEngine(Protocol):

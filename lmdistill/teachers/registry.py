@@ -24,10 +24,23 @@ class EngineEntry:
     module: str
     packages: tuple[str, ...]
     extra: str
+    tools: tuple[str, ...] = ("torch", "transformers")  # distributions whose version changes what it says
+    gguf: bool = False  # scores the GGUF file that the teacher was given as, as quantised as it is
+    logits: bool = False  # yields the logits of all ids too (`LogitEngine`), as an ensemble needs them
 
 
 ENGINES: dict[str, EngineEntry] = {
-    "transformers": EngineEntry("lmdistill.teachers.transformers_engine", ("torch", "transformers"), "train"),
+    "transformers": EngineEntry(
+        "lmdistill.teachers.transformers_engine", ("torch", "transformers"), "train", logits=True
+    ),
+    "llama_cpp": EngineEntry(
+        "lmdistill.teachers.llama_cpp_engine",
+        ("torch", "llama_cpp", "gguf"),
+        "gguf",
+        tools=("torch", "llama-cpp-python"),
+        gguf=True,
+        logits=True,
+    ),
 }
 
 _classes: dict[str, type[Any]] = {}
@@ -56,6 +69,11 @@ def check_engine(name: str) -> None:
         raise PreflightError(
             f"teacher engine '{name}' needs {', '.join(missing)}", fix=f"pip install 'lmdistill[{entry.extra}]'"
         )
+
+
+def tools_of(name: str) -> tuple[str, ...]:
+    """The distributions whose version changes what the engine says; none for an unknown engine."""
+    return ENGINES[name].tools if name in ENGINES else ()
 
 
 def create_engine(name: str) -> TeacherEngine:
