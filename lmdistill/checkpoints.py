@@ -55,3 +55,15 @@ def save_model(model: Any, folder: Path, tokenizer_from: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, max_shard_size="1TB")
     copy_tokenizer(tokenizer_from, folder)
+
+
+def stored_tensors(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """Dtype (F32, BF16, …) and shape of every tensor in a folder's safetensors, read from the headers alone."""
+    from safetensors import safe_open
+
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118, it is no mapping
+            found += [(part.get_dtype(), tuple(part.get_shape())) for part in slices]
+    return found

@@ -43,6 +43,13 @@ def tokens_digest(tokens_RT: NDArray[Any], flags_RT: NDArray[Any]) -> str:
     return sha.hexdigest()
 
 
+def document_positions(starts_RT: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Positions that begin at 0 in every document, from marks of first tokens [R, T]."""
+    at_RT = np.broadcast_to(np.arange(starts_RT.shape[1]), starts_RT.shape)
+    first_RT = np.maximum.accumulate(np.where(starts_RT, at_RT, 0), axis=1)
+    return at_RT - first_RT
+
+
 @dataclass(frozen=True)
 class SplitMeta:
     """What corpus.json says of one split."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -129,40 +128,3 @@ def _settings(tokenizer: Any, llama: GgufVocabulary) -> list[str]:
     if tokenizer.eos_token_id != llama.special_ids["eos"]:
         found.append(f"EOS is {tokenizer.eos_token_id}, in llama.cpp {llama.special_ids['eos']}")
     return found
-
-
-def token_map(folder: Path) -> dict[int, str]:
-    """id → token of the tokenizer.json in `folder`, added tokens included."""
-    content = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary = content["model"]["vocab"]
-    pairs = enumerate(piece for piece, _ in vocabulary) if isinstance(vocabulary, list) else _inverted(vocabulary)
-    tokens = dict(pairs)
-    tokens.update((added["id"], added["content"]) for added in content.get("added_tokens", []))
-    return tokens
-
-
-def _inverted(vocabulary: dict[str, int]) -> Iterable[tuple[int, str]]:
-    return ((index, token) for token, index in vocabulary.items())
-
-
-def token_map_conflicts(folder_a: Path, folder_b: Path) -> list[tuple[int, str | None, str | None]]:
-    """(id, token in a, token in b) for every id that means another token; padding at either end is no conflict.
-
-    Ids above the shorter vocabulary are conflicts where the longer one has a real token there; padding entries of an
-    embedding matrix have no token in either tokenizer.
-    """
-    tokens_a, tokens_b = token_map(folder_a), token_map(folder_b)
-    ids = sorted(tokens_a.keys() | tokens_b.keys())
-    return [(i, tokens_a.get(i), tokens_b.get(i)) for i in ids if tokens_a.get(i) != tokens_b.get(i)]
-
-
-def require_same_tokens(folder_a: Path, folder_b: Path, what: str) -> None:
-    """Raise IntegrityError listing the ids that mean different tokens in the two folders."""
-    conflicts = token_map_conflicts(folder_a, folder_b)
-    if conflicts:
-        shown = ", ".join(f"{i}: {a!r} / {b!r}" for i, a, b in conflicts[:SHOWN])
-        raise IntegrityError(
-            f"{what} have different token maps: {len(conflicts)} ids conflict",
-            why=f"{shown}{', …' if len(conflicts) > SHOWN else ''}",
-            fix="use a student or corpus with the teacher's own tokenizer",
-        )

@@ -13,8 +13,9 @@ from lmdistill.corpus.format import DOC_START, PAD, TRAIN, VALID, CorpusReader, 
 from lmdistill.deployment.golden import accepted_conversations
 from lmdistill.deployment.probes import probe_texts
 from lmdistill.deployment.template_parity import differing_renderings
-from lmdistill.deployment.tokenizer_parity import GgufVocabulary, compare, require_same_tokens
+from lmdistill.deployment.tokenizer_parity import GgufVocabulary, compare
 from lmdistill.errors import IntegrityError
+from lmdistill.teachers.token_maps import check_same_tokens, token_map
 
 _DOCUMENTS = 200  # of the training data
 
@@ -38,7 +39,7 @@ def prove_tokenizer(folder: Path, gguf_path: Path, conversations: int, corpus: C
         )
     proof = {"texts": len(texts), "conversations": len(golden), "differing": 0}
     if corpus is not None:
-        require_same_tokens(corpus.tokenizer_folder, folder, "the corpus and the model")
+        check_same_tokens(token_map(corpus.tokenizer_folder), token_map(folder), "the corpus", "the model")
         proof["training_documents"] = prove_training_ids(gguf_path, tokenizer, corpus)
     return proof
 

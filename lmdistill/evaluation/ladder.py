@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from lmdistill.checkpoints import stored_tensors
 from lmdistill.errors import IntegrityError, StageError
 from lmdistill.pipeline.stage import Artefact, ModelRef
 
@@ -33,21 +33,13 @@ class Subject:
     file_bytes: int
 
 
-def _tensors(file: Path) -> Iterable[dict[str, Any]]:
-    """Dtype and shape of every tensor in a safetensors file, read from its header alone."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-    return [tensor for name, tensor in header.items() if name != "__metadata__"]
-
-
 def checkpoint(name: str, role: Role, folder: Path, parent: str | None) -> Subject:
     """The row of a checkpoint folder; raises IntegrityError where it holds no safetensors."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise IntegrityError(f"no model.safetensors in {folder}", fix="run the stage that makes it again")
-    tensors = [tensor for file in files for tensor in _tensors(file)]
-    dtype = max({tensor["dtype"] for tensor in tensors}, key=[tensor["dtype"] for tensor in tensors].count)
+    dtypes, shapes = zip(*stored_tensors(folder), strict=True)
+    dtype = max(sorted(set(dtypes)), key=dtypes.count)
     return Subject(
         name,
         role,
@@ -55,7 +47,7 @@ def checkpoint(name: str, role: Role, folder: Path, parent: str | None) -> Subje
         DTYPES.get(dtype, dtype.lower()),
         folder,
         parent,
-        params=sum(math.prod(tensor["shape"]) for tensor in tensors),
+        params=sum(math.prod(shape) for shape in shapes),
         file_bytes=sum(file.stat().st_size for file in files),
     )
 

@@ -47,10 +47,10 @@ def _random(ctx: StageContext[Any], corpus: Any) -> tuple[Any, dict[str, Any]]:
 def _from_checkpoint(ctx: StageContext[Any], corpus: Any) -> tuple[Any, dict[str, Any]]:
     from lmdistill.assets import model_folder
     from lmdistill.checkpoints import load_model
-    from lmdistill.deployment.tokenizer_parity import require_same_tokens
+    from lmdistill.teachers.token_maps import check_same_tokens, token_map
 
     reference = model_folder(ctx.config.source, ctx.progress)
-    require_same_tokens(corpus.tokenizer_folder, reference.path, "the corpus and the student")
+    check_same_tokens(token_map(corpus.tokenizer_folder), token_map(reference.path), "the corpus", "the student")
     return load_model(reference.path), {"source": ctx.config.source.source}
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdistill.checkpoints import load_model
+from lmdistill.corpus.format import document_positions
 from lmdistill.errors import LmdistillError
 from lmdistill.pipeline.stage import ModelRef
 from lmdistill.teachers.engine import EngineOptions, TopK
@@ -20,13 +21,6 @@ from lmdistill.teachers.registry import engine
 
 CHUNK = 256  # tokens whose logits are held at once; part of the result where a device's kernels depend on it
 PROBE_TOKENS = 8
-
-
-def document_positions(starts_BT: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Positions that begin at 0 in every document, from marks of first tokens [B, T]."""
-    at_BT = np.broadcast_to(np.arange(starts_BT.shape[1]), starts_BT.shape)
-    first_BT = np.maximum.accumulate(np.where(starts_BT, at_BT, 0), axis=1)
-    return at_BT - first_BT
 
 
 @engine("transformers")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lmdistill.corpus.format import DOC_START, LOSS
+from lmdistill.corpus.format import DOC_START, LOSS, document_positions
 from lmdistill.signals.reader import SignalsBatch, SignalsReader
 
 
@@ -36,14 +36,6 @@ class RowDataset(Dataset[int]):  # type: ignore[misc]
         return int(self.order[index])
 
 
-def positions_from(flags_RT: np.ndarray[Any, Any]) -> torch.Tensor:
-    """Position ids `[R, T]` that start again at every document."""
-    starts_RT = (flags_RT & DOC_START) > 0
-    here_T = np.arange(flags_RT.shape[1])
-    last_RT = np.maximum.accumulate(np.where(starts_RT, here_T, 0), axis=1)
-    return torch.from_numpy(here_T[None] - last_RT)
-
-
 class SignalsCollator:
     """Row numbers → one batch of tensors; every read proves that the log-probs belong to the tokens."""
 
@@ -55,7 +47,7 @@ class SignalsCollator:
         batch = self.reader.read(list(rows))
         inputs = to_inputs(batch)
         if self.isolate:
-            inputs["position_ids"] = positions_from(batch.flags_RT)
+            inputs["position_ids"] = torch.from_numpy(document_positions((batch.flags_RT & DOC_START) > 0))
         return inputs
 
 

@@ -8,10 +8,10 @@ import torch
 from teachers_toys import VOCAB, save_toy
 
 from lmdistill.checkpoints import load_model
+from lmdistill.corpus.format import document_positions
 from lmdistill.errors import LmdistillError
 from lmdistill.teachers.engine import EngineOptions
 from lmdistill.teachers.registry import create_engine
-from lmdistill.teachers.transformers_engine import document_positions
 
 ROWS, LENGTH, K = 3, 200, 8
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)
