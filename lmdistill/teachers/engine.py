@@ -6,13 +6,14 @@ Engines are named in registry.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lmdistill.pipeline.stage import ModelRef
+from lmdistill.teachers.vllm_options import EndpointOptions, VllmOptions
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class EngineOptions:
     threads: int | None = None
     isolate: bool = False  # rows hold several documents that must not see each other
     row_tokens: int = 2048  # the longest row, for engines that must make room for it
+    vllm: VllmOptions = field(default_factory=VllmOptions)
+    endpoint: EndpointOptions | None = None  # the server that is asked, for engines that ask one
 
 
 class TeacherEngine(Protocol):

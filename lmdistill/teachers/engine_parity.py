@@ -7,6 +7,7 @@ of them compute some architectures wrongly. The reference is the transformers en
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -17,16 +18,45 @@ from lmdistill.errors import IntegrityError
 from lmdistill.pipeline.stage import ModelRef
 from lmdistill.teachers.engine import EngineOptions, TeacherEngine, TopK
 
+REFERENCE = "transformers"  # the engine that others are held against
 BOUNDS = {"float32": 0.01, "bfloat16": 1.0}  # nats: the largest |Δ log-prob| that rounding explains; docs/signals.md
 
 
 def open_reference(teacher: ModelRef, options: EngineOptions) -> TeacherEngine:
-    """The transformers engine on the same teacher, in float32 on the CPU, so that it takes no accelerator's memory."""
+    """The transformers engine on the same teacher, in float32 on the CPU, so that it takes no accelerator's memory.
+
+    With `isolate` each document is given to it by itself, so that teachers that leak in a packed row are proven too.
+    """
+    from lmdistill.teachers.prompts import DocumentsApart
     from lmdistill.teachers.registry import create_engine
 
-    reference = create_engine("transformers")
+    plain = create_engine(REFERENCE)
+    reference = DocumentsApart(plain) if options.isolate else plain
     reference.open(teacher, replace(options, precision="float32", device="cpu"))
     return reference
+
+
+def open_proven(
+    name: str,
+    teacher: ModelRef,
+    options: EngineOptions,
+    tokens_BT: NDArray[Any],
+    starts_BT: NDArray[np.bool_],
+    bound: float,
+) -> tuple[TeacherEngine, dict[str, float]]:
+    """The engine `name`, open and proven on these rows, and the proof's figures.
+
+    The reference speaks first and is dropped, so that the two teachers are never in memory together.
+    """
+    from lmdistill.teachers.registry import create_engine
+
+    reference = open_reference(teacher, options)
+    expected = reference.score(tokens_BT, starts_BT)
+    del reference
+    gc.collect()
+    engine = create_engine(name)
+    engine.open(teacher, options)
+    return engine, compare(engine.score(tokens_BT, starts_BT), expected, bound)
 
 
 def prove(

