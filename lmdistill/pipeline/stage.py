@@ -129,6 +129,8 @@ class Runtime:
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     threads: int | None = None  # CPU threads; None: all cores
     workers: int | None = None  # processes for tokenising; None: all cores
+    ray: str | None = None  # None: the teacher runs in the stage's process; auto or an address: on a Ray cluster
+    ray_workers: int | None = None  # teacher engines at once there; None: as many as it holds
 
     def resolve_device(self) -> str:
         """`cuda` where a GPU is, else `cpu`, unless the recipe says which."""

@@ -27,13 +27,21 @@ class RuntimeSection(BaseModel):
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of a stage; null: all cores")
     workers: int | None = Field(default=None, ge=1, description="processes that tokenise; null: all cores")
+    ray: Annotated[str, Field(pattern=r"^(auto|(ray://)?[^\s/]+:\d+)$")] | None = Field(
+        default=None,
+        description="null: the teacher runs here; auto: on this machine's Ray cluster, started where there is none; "
+        "HOST:PORT: on that cluster",
+    )
+    ray_workers: int | None = Field(
+        default=None, ge=1, description="teachers at once on Ray; null: one a GPU, else one a machine or `threads` CPUs"
+    )
     python: dict[str, str] = Field(
         default_factory=dict, description="stage name: path of the interpreter that runs it (it must have lmdistill)"
     )
 
     def for_stages(self) -> Runtime:
         """What a stage is told of it."""
-        return Runtime(self.device, self.threads, self.workers)
+        return Runtime(self.device, self.threads, self.workers, self.ray, self.ray_workers)
 
 
 class Header(BaseModel):

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from lmdistill.asset_spec import ModelSpec
 from lmdistill.errors import IntegrityError, LmdistillError, PreflightError
-from lmdistill.pipeline.stage import Estimate, Input, ModelRef, PreflightContext, Stage, StageConfig, StageContext
+from lmdistill.pipeline.stage import (
+    AddedKey,
+    Estimate,
+    Input,
+    ModelRef,
+    PreflightContext,
+    Runtime,
+    Stage,
+    StageConfig,
+    StageContext,
+)
 from lmdistill.teachers.registry import ENGINES, check_engine, create_engine, tools_of
 from lmdistill.teachers.token_maps import check_same_tokens, real_vocabulary, token_map
 
 if TYPE_CHECKING:
     from lmdistill.corpus.format import CorpusReader
-    from lmdistill.teachers.engine import TeacherEngine
+    from lmdistill.signals.format import TeacherInfo
+    from lmdistill.signals.shard_work import Executor
+    from lmdistill.teachers.engine import EngineOptions
 
 WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes a parameter
 BASE_MEMORY = 1_000_000_000  # torch, one batch of hidden states, a chunk of logits, what waits for the disk
@@ -39,6 +53,19 @@ class TeachConfig(StageConfig):
     batch_rows: Annotated[int, Field(ge=1)] = Field(
         default=8, description="rows in one forward; semantic, as on GPUs the last bits depend on a batch's shape"
     )
+    ensemble: Annotated[tuple[ModelSpec, ...], AddedKey()] = Field(
+        default=(), description="more teachers of the same vocabulary: the mean of all probabilities is kept"
+    )
+    ensemble_weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AddedKey()] = Field(
+        default=(), description="shares in that mean, the recipe's teacher first; empty: equal"
+    )
+
+    @model_validator(mode="after")
+    def _a_weight_each(self) -> TeachConfig:
+        teachers, weights = 1 + len(self.ensemble), len(self.ensemble_weights)
+        if weights not in (0, teachers) or (weights and not self.ensemble):
+            raise ValueError(f"ensemble_weights has {weights} weights for {teachers} teachers")
+        return self
 
 
 class TeachStage(Stage[TeachConfig]):
@@ -59,9 +86,9 @@ class TeachStage(Stage[TeachConfig]):
         return tools_of(config.engine)
 
     def preflight(self, ctx: PreflightContext[TeachConfig]) -> list[LmdistillError]:
-        """Engine, variant, K against the vocabulary, token maps, splits."""
+        """Engine, variant, K against the vocabulary, token maps, splits, the Ray cluster."""
         errors: list[LmdistillError] = []
-        checks = (_check_engine, _check_variant, _check_tokens, _check_splits)
+        checks = (_check_engine, _check_variant, _check_tokens, _check_ensemble, _check_splits, _check_ray)
         for check in checks:
             try:
                 check(ctx)
@@ -73,8 +100,9 @@ class TeachStage(Stage[TeachConfig]):
         """Disk from the corpus' rows, memory and time from the teacher's parameters."""
         tokens, disk, memory, seconds = _tokens(ctx), None, None, None
         if ctx.teacher is not None:
-            parameters = _parameters(ctx.teacher.path)
-            memory = parameters * WIDTHS[ctx.config.precision] + BASE_MEMORY
+            teachers = [ctx.teacher, *_members_here(ctx)]
+            parameters = sum(_parameters(model.path) for model in teachers)
+            memory = sum(_weight_bytes(ctx.config, model) for model in teachers) + BASE_MEMORY
             if tokens is not None:
                 from lmdistill.signals import variant as variants
                 from lmdistill.signals.format import Layout
@@ -88,25 +116,35 @@ class TeachStage(Stage[TeachConfig]):
         """Score what is missing; figures of each split."""
         from lmdistill.corpus.format import CorpusReader
         from lmdistill.signals.capture import Capture
-        from lmdistill.signals.format import Layout, TeacherInfo
+        from lmdistill.signals.format import Layout
+        from lmdistill.teachers.ensemble_members import bring_members, check_members
+        from lmdistill.teachers.opening import open_engine
 
         corpus, teacher = CorpusReader(ctx.one("corpus").out), ctx.need_teacher()
         corpus.verify()
         _check_k(ctx.config.k, corpus.meta.vocab_size)
         check_same_tokens(token_map(corpus.tokenizer_folder), token_map(teacher.path), "the corpus", "the teacher")
-        version = create_engine(ctx.config.engine).version()
+        others = bring_members(ctx.config.ensemble, ctx.progress)
+        check_members(teacher, others)
         manifest = Capture(
             folder=ctx.out,
             corpus=corpus,
             splits=ctx.config.splits,
             layout=Layout(corpus.meta.sequence_length, ctx.config.k, corpus.meta.vocab_size, ctx.config.variant),
-            teacher=TeacherInfo(
-                teacher.source, teacher.digest, _precision(ctx.config, teacher), ctx.config.engine, version
+            teacher=_who_speaks(ctx.config, [teacher, *others]),
+            open_engine=partial(
+                open_engine,
+                ctx.config.engine,
+                teacher,
+                _options(ctx, corpus),
+                tuple(others),
+                ctx.config.ensemble_weights,
             ),
-            open_engine=lambda: _open_engine(ctx, teacher, corpus),
             shard_rows=ctx.config.shard_rows,
             batch_rows=ctx.config.batch_rows,
             progress=ctx.progress,
+            executor=_executor(ctx.runtime),
+            teacher_files=tuple(path for model in (teacher, *others) for path in (model.path, model.gguf) if path),
         ).run()
         statistics = {name: split.statistics for name, split in manifest.splits.items()}
         first = statistics[ctx.config.splits[0]]
@@ -132,21 +170,48 @@ class TeachStage(Stage[TeachConfig]):
                 )
 
 
-def _open_engine(ctx: StageContext[TeachConfig], teacher: ModelRef, corpus: CorpusReader) -> TeacherEngine:
+def _who_speaks(config: TeachConfig, teachers: list[ModelRef]) -> TeacherInfo:
+    from lmdistill.signals.format import TeacherInfo
+    from lmdistill.teachers.ensemble_members import ensemble_info
+
+    version = create_engine(config.engine).version()
+    if len(teachers) > 1:
+        return ensemble_info(
+            teachers, config.ensemble_weights, lambda model: _precision(config, model), config.engine, version
+        )
+    [teacher] = teachers
+    return TeacherInfo(teacher.source, teacher.digest, _precision(config, teacher), config.engine, version)
+
+
+def _options(ctx: StageContext[TeachConfig], corpus: CorpusReader) -> EngineOptions:
     from lmdistill.teachers.engine import EngineOptions
 
-    engine = create_engine(ctx.config.engine)
-    options = EngineOptions(
+    return EngineOptions(
         k=ctx.config.k,
         vocab_size=corpus.meta.vocab_size,
         precision=ctx.config.precision,
-        device=ctx.runtime.resolve_device(),
+        device=ctx.runtime.device if ctx.runtime.ray is None else ctx.runtime.device.partition(":")[0],  # Ray picks N
         threads=ctx.runtime.threads,
         isolate=corpus.meta.packing == "isolate",
         row_tokens=corpus.meta.sequence_length,
     )
-    engine.open(teacher, options)
-    return engine
+
+
+def _executor(runtime: Runtime) -> Executor:
+    """Who scores: this process, or workers on a Ray cluster."""
+    if runtime.ray is None:
+        from lmdistill.signals.shard_work import InProcess
+
+        return InProcess()
+    from lmdistill.signals.ray_capture import RayExecutor
+
+    return RayExecutor(runtime.ray, runtime.ray_workers, runtime.threads, runtime.device)
+
+
+def _check_ray(ctx: PreflightContext[TeachConfig]) -> None:
+    from lmdistill.signals.ray_cluster import check
+
+    check(ctx.runtime.ray)
 
 
 def _check_engine(ctx: PreflightContext[TeachConfig]) -> None:
@@ -189,6 +254,27 @@ def _check_tokens(ctx: PreflightContext[TeachConfig]) -> None:
         check_same_tokens(token_map(folder), ours, "the corpus' tokenizer", "the teacher's")
 
 
+def _check_ensemble(ctx: PreflightContext[TeachConfig]) -> None:
+    """Engine, token maps and precision of the teachers beside the recipe's, as far as they are here."""
+    if not ctx.config.ensemble or ctx.config.engine not in ENGINES:
+        return
+    from lmdistill.teachers.ensemble import check_ensemble
+    from lmdistill.teachers.ensemble_members import check_members
+
+    check_ensemble(ctx.config.engine)
+    others = _members_here(ctx)
+    for other in others:
+        _precision(ctx.config, other)
+    if ctx.teacher is not None:
+        check_members(ctx.teacher, others)
+
+
+def _members_here(ctx: PreflightContext[TeachConfig]) -> list[ModelRef]:
+    from lmdistill.teachers.ensemble_members import members_here
+
+    return members_here(ctx.config.ensemble)
+
+
 def _check_k(k: int, vocabulary: int) -> None:
     if k > vocabulary:
         raise PreflightError(
@@ -222,11 +308,15 @@ def _tokens(ctx: PreflightContext[TeachConfig]) -> int | None:
     return sum(cap for cap in caps if cap is not None) if None not in caps else None
 
 
+def _weight_bytes(config: TeachConfig, model: ModelRef) -> int:
+    """Memory of a teacher's weights: those of its GGUF where that is what is scored."""
+    if config.engine in ENGINES and ENGINES[config.engine].gguf and model.gguf is not None:
+        return model.gguf.stat().st_size
+    return _parameters(model.path) * WIDTHS[config.precision]
+
+
 def _parameters(folder: Path) -> int:
-    """Parameters of a checkpoint, from the headers of its safetensors files (8 bytes of length, then JSON)."""
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total
+    """Parameters of a checkpoint, from the headers of its safetensors files."""
+    from lmdistill.checkpoints import stored_tensors
+
+    return sum(math.prod(shape) for _, shape in stored_tensors(folder))

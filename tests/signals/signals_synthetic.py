@@ -1,6 +1,6 @@
 """Toy teachers and corpora for the teacher cache's tests; run as a script it captures slowly, to be killed.
 
-python signals_synthetic.py CORPUS_FOLDER OUT_FOLDER
+python signals_synthetic.py CORPUS_FOLDER OUT_FOLDER VARIANT
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lmdistill.pipeline.stage import SilentProgress
 from lmdistill.signals.alignment import Misaligned
 from lmdistill.signals.capture import Capture
 from lmdistill.signals.format import Layout, Manifest, SplitEntry, TeacherInfo
+from lmdistill.signals.variants import compact
 from lmdistill.signals.writer import ShardWriter, plan_shards, source_digest
 from lmdistill.teachers.engine import TopK
 
@@ -75,6 +76,9 @@ class BigramEngine:
         self.rows_scored += len(tokens_BT)
         return exact_top_k(self.table_VV[tokens_BT], tokens_BT, self.k)
 
+    def version(self) -> str:
+        return TEACHER.engine_version
+
     def text(self, seed: int, rows: int, length: int = LENGTH) -> NDArray[np.int32]:
         """Rows that this teacher says."""
         rng = np.random.default_rng(seed)
@@ -102,10 +106,12 @@ def write_corpus(folder: Path, splits: dict[str, NDArray[Any]], vocab: int = VOC
     (folder / "corpus.json").write_text(meta.to_json())
 
 
-def capture(corpus: Path, out: Path, engine: Any, splits: tuple[str, ...] = ("train",)) -> Capture:
+def capture(
+    corpus: Path, out: Path, engine: Any, splits: tuple[str, ...] = ("train",), variant: str = "mmap"
+) -> Capture:
     """A capture of toy size, ready to run."""
     reader = CorpusReader(corpus)
-    layout = Layout(reader.meta.sequence_length, engine.k, reader.meta.vocab_size)
+    layout = Layout(reader.meta.sequence_length, engine.k, reader.meta.vocab_size, variant)
     return Capture(
         out, reader, splits, layout, TEACHER, lambda: engine, SHARD_ROWS, BATCH_ROWS, progress=SilentProgress()
     )
@@ -119,11 +125,17 @@ class CredulousWriter(ShardWriter):
 
 
 def write_cache(
-    out: Path, tokens: NDArray[Any], flags: NDArray[np.uint8], exact: TopK, vocab: int, shard_rows: int = 4
+    out: Path,
+    tokens: NDArray[Any],
+    flags: NDArray[np.uint8],
+    exact: TopK,
+    vocab: int,
+    shard_rows: int = 4,
+    **layout_keys: Any,
 ) -> Manifest:
     """A cache of the given predictions, whether or not they belong to the tokens."""
     out.mkdir(parents=True, exist_ok=True)
-    layout = Layout(tokens.shape[1], exact.ids_BTK.shape[-1], vocab)
+    layout = Layout(tokens.shape[1], exact.ids_BTK.shape[-1], vocab, **layout_keys)
     source, entries, writer = source_digest(layout, TEACHER, tokens, flags), [], None
     for job in plan_shards("train", len(tokens), shard_rows):
         writer = CredulousWriter(out, job, layout, source)
@@ -136,5 +148,12 @@ def write_cache(
     return manifest
 
 
+def always(blocks: list[bytes], rows: NDArray[Any]) -> bool:
+    """Stands in for `compact.pays`: toys are smaller as they are, and then packing would not be tested."""
+    return True
+
+
 if __name__ == "__main__":
-    capture(Path(sys.argv[1]), Path(sys.argv[2]), BigramEngine(seconds=0.01), ("train", "valid")).run()
+    compact.pays = always
+    corpus_folder, out_folder, name = sys.argv[1:]
+    capture(Path(corpus_folder), Path(out_folder), BigramEngine(seconds=0.01), ("train", "valid"), name).run()
