@@ -86,13 +86,18 @@ class StudentStage(Stage[StudentConfig]):
         return [PreflightError(f"stage '{ctx.name}': {text}", fix=fix) for text, fix in problems(ctx.config, teacher)]
 
     def estimate(self, ctx: PreflightContext[StudentConfig]) -> Estimate:
-        """Growing a 0.1 B student on two cores; disk for its blocks and itself."""
+        """From the shapes of teacher and student where one is grown from the other."""
         if ctx.config.init != "grow":
             return Estimate(30, 400_000_000, 2_000_000_000)
-        tokens = ctx.config.layers * ctx.config.fit_steps * ctx.config.fit_batch_rows * 256
-        return Estimate(
-            120 + tokens / 9000, 800_000_000, 3_500_000_000, "time for a teacher of 0.1 B on 2 cores, rows of 256"
-        )
+        if ctx.teacher is None or not (ctx.teacher.path / "config.json").exists():
+            return Estimate(note="known when the teacher is on this machine")
+        from lmdistill.deployment.planned import planned_parameters
+        from lmdistill.students.cost import of_growing
+
+        teacher = json.loads((ctx.teacher.path / "config.json").read_text())
+        parameters = planned_parameters(ctx.config.model_dump(), teacher)
+        length = getattr(ctx.one("corpus").config, "sequence_length", 1024)
+        return of_growing(ctx.config, teacher, parameters or 0, length)
 
     def run(self, ctx: StageContext[StudentConfig]) -> dict[str, Any]:
         """Make the student, save it with the corpus' tokenizer, count its parameters."""

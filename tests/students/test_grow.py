@@ -80,7 +80,8 @@ def test_greedy_takes_the_cheapest_change_when_all_are_tried(source: Any, tokens
     costs = [scorer.score([*full[:i], "gone", *full[i + 1 :]]) for i in range(4)]
     plan = selection.greedy(scorer, full, "gone", 1, 4, lambda *_: None)
     assert plan.index("gone") == min(range(4), key=costs.__getitem__)
-    assert scorer.score(full) > 0  # relative to the adopted base, restoring the block is a change too
+    assert scorer.score(plan) == pytest.approx(min(costs), rel=1e-5)
+    assert scorer.score(full) == pytest.approx(0, abs=1e-5)  # though the base has lost a block
 
 
 def test_a_fitted_convolution_is_nearer_to_its_attention_than_none(source: Any, tokens_RT: torch.Tensor) -> None:

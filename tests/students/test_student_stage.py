@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from lmdistill.checkpoints import load_model
 from lmdistill.corpus.format import DOC_START, LOSS, CorpusMeta, SplitMeta, tokens_digest
-from lmdistill.errors import IntegrityError
+from lmdistill.errors import PreflightError
 from lmdistill.pipeline.stage import Artefact, ModelRef, PreflightContext, Runtime, StageContext
 from lmdistill.stages.student import StudentConfig, StudentStage
 
@@ -89,7 +89,7 @@ def test_a_checkpoint_with_other_tokens_is_refused_with_the_ids(
     swapped = {names[500]: 501, names[501]: 500}
     tokenizer["model"]["vocab"].update(swapped)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(IntegrityError, match="500"):
+    with pytest.raises(PreflightError, match="500"):
         _run(tmp_path, corpus, None, init="checkpoint", source=str(folder))
 
 
