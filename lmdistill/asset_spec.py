@@ -69,3 +69,7 @@ class AssetSpec(BaseModel):
     def location(self) -> Location:
         """The parsed source."""
         return parse_source(self.source)
+
+
+class ModelSpec(AssetSpec):
+    """A model beside the recipe's teacher; a GGUF is converted when it is brought to this machine."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lmdistill.asset_spec import AssetSpec
+from lmdistill.asset_spec import AssetSpec, ModelSpec
 from lmdistill.errors import LmdistillError, PreflightError, nearest
 from lmdistill.pipeline.keys import SHORT, assets_in, fingerprint, stage_key, tool_versions
 from lmdistill.pipeline.stage import Planned, StageConfig
@@ -44,6 +44,10 @@ class Selection:
         if start >= end:
             raise LmdistillError(f"--from {self.first} comes after --until {self.last}", fix="swap them")
         return set(order[start:end])
+
+
+def _once(specs: Iterable[AssetSpec]) -> list[AssetSpec]:
+    return list(dict.fromkeys(AssetSpec(source=spec.source, sha256=spec.sha256) for spec in specs))
 
 
 def _known(option: str, name: str | None, order: Sequence[str]) -> None:
@@ -100,13 +104,16 @@ class Plan:
         )
 
     def data_assets(self) -> list[AssetSpec]:
-        """The assets, other than the teacher, of the stages that will run; each once."""
-        specs = [
-            AssetSpec(source=asset.source, sha256=asset.sha256)
-            for step in self.running()
-            for asset in assets_in(step.entry.config)
-        ]
-        return list(dict.fromkeys(specs))
+        """The assets, other than models, of the stages that will run; each once."""
+        return _once(asset for asset in self._assets() if not isinstance(asset, ModelSpec))
+
+    def model_assets(self) -> list[AssetSpec]:
+        """The models that the stages that will run read, the recipe's teacher first; each once."""
+        teacher = [self.recipe.teacher] if self.recipe.teacher and self.needs_teacher() else []
+        return _once([*teacher, *(asset for asset in self._assets() if isinstance(asset, ModelSpec))])
+
+    def _assets(self) -> list[AssetSpec]:
+        return [asset for step in self.running() for asset in assets_in(step.entry.config)]
 
 
 def make_plan(recipe: Recipe, run_dir: Path, selection: Selection | None = None) -> Plan:

@@ -83,24 +83,24 @@ class Runner:
         self.teacher = assets.model_available(teacher) if teacher else None
         raise_all(run_preflights(plan, self.teacher, log).problems)
         absent = [spec for spec in plan.data_assets() if assets.available(spec) is None]
-        fetch_teacher = teacher if plan.needs_teacher() and self.teacher is None else None
-        if absent or fetch_teacher:
-            self._fetch(absent, fetch_teacher)
+        models = [spec for spec in plan.model_assets() if assets.model_available(spec) is None]
+        if absent or models:
+            self._fetch(absent, models)
             self.teacher = assets.model_available(teacher) if teacher else None
             raise_all(run_preflights(plan, self.teacher, log).problems)
         if self.teacher is not None:
             self._place_teacher(self.teacher)
 
-    def _fetch(self, data: Sequence[AssetSpec], teacher: AssetSpec | None) -> None:
+    def _fetch(self, data: Sequence[AssetSpec], models: Sequence[AssetSpec]) -> None:
         """Bring what is not on this machine yet, in a process of its own: converting a GGUF takes memory."""
         job = {
             "task": "fetch",
             "assets": [spec.model_dump() for spec in data],
-            "teacher": teacher.model_dump() if teacher else None,
+            "models": [spec.model_dump() for spec in models],
             "runtime": runtime_job(self.plan),
         }
         started = time.monotonic()
-        self.events.emit("fetch_started", sources=[spec.source for spec in (*data, *([teacher] if teacher else []))])
+        self.events.emit("fetch_started", sources=[spec.source for spec in (*data, *models)])
         call(job, "fetching the assets", sys.executable, self.root / "logs" / "assets.log", self._pass_on("assets"))
         self.events.emit("fetch_finished", seconds=round(time.monotonic() - started, 3))
 

@@ -29,9 +29,8 @@ def dry_run(plan: Plan, console: Console) -> Findings:
     if teacher is not None and plan.teacher is not None:
         say(f"teacher: {teacher.source}{'' if reference else ' (not on this machine yet)'}")
         say(f"  identity: {plan.teacher.fingerprint}")
-    missing = [spec.source for spec in plan.data_assets() if assets.available(spec) is None]
-    if teacher is not None and reference is None and plan.needs_teacher():
-        missing.insert(0, teacher.source)
+    missing = [spec.source for spec in plan.model_assets() if assets.model_available(spec) is None]
+    missing += [spec.source for spec in plan.data_assets() if assets.available(spec) is None]
     for source in missing:
         say(f"would fetch: {source}")
     say("remote code: never run; pickle: never read")

@@ -119,15 +119,15 @@ def preflight(job: jobs.Json, _channel: Channel) -> Any:
 
 
 def fetch(job: jobs.Json, channel: Channel) -> Any:
-    """Bring the teacher and the data to this machine."""
+    """Bring data and teachers to this machine."""
     from lmdistill import assets
 
     for spec in job["assets"]:
         channel.note(f"fetching {spec['source']}")
         assets.fetch(AssetSpec.model_validate(spec), channel)
-    if job["teacher"]:
-        channel.note(f"fetching the teacher {job['teacher']['source']}")
-        assets.model_folder(AssetSpec.model_validate(job["teacher"]), channel)
+    for spec in job["models"]:
+        channel.note(f"fetching the teacher {spec['source']}")
+        assets.model_folder(AssetSpec.model_validate(spec), channel)
     return None
 
 

@@ -42,6 +42,16 @@ def sha256_of(data: bytes) -> str:
 
 
 @dataclass(frozen=True)
+class MemberInfo:
+    """One teacher of an ensemble, and its share in the mean of their probabilities."""
+
+    source: str
+    digest: str
+    precision: str
+    weight: float
+
+
+@dataclass(frozen=True)
 class TeacherInfo:
     """Who spoke: the teacher, its precision and the engine that ran it."""
 
@@ -50,6 +60,12 @@ class TeacherInfo:
     precision: str
     engine: str
     engine_version: str
+    members: tuple[MemberInfo, ...] = ()  # of an ensemble, the recipe's teacher first
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """For the manifest: no word of members where one teacher spoke."""
+        return {name: value for name, value in asdict(self).items() if value or name != "members"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of signals.json; its `digest` covers all the rest."""
-        body = {"format": FORMAT_VERSION, **asdict(self)}
+        body = {"format": FORMAT_VERSION, **asdict(self), "teacher": self.teacher.fields}
         return canonical_json({**body, "digest": sha256_of(canonical_json(body).encode())})
 
     @property
@@ -150,7 +166,8 @@ class Manifest:
         del fields["digest"]
         fields["layout"]["companding"] = Companding(**fields["layout"]["companding"])
         fields["layout"] = Layout(**fields["layout"])
-        fields["teacher"] = TeacherInfo(**fields["teacher"])
+        members = tuple(MemberInfo(**member) for member in fields["teacher"].pop("members", ()))
+        fields["teacher"] = TeacherInfo(**fields["teacher"], members=members)
         for split in fields["splits"].values():
             split["shards"] = tuple(ShardEntry(**shard) for shard in split["shards"])
         fields["splits"] = {name: SplitEntry(**split) for name, split in fields["splits"].items()}

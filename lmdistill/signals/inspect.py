@@ -40,7 +40,7 @@ def describe(folder: Path) -> dict[str, Any]:
             layout, [shard for split in manifest.splits.values() for shard in split.shards]
         ),
         "packing": manifest.packing,
-        "teacher": vars(manifest.teacher),
+        "teacher": manifest.teacher.fields,
         "tokenizer_digest": manifest.tokenizer_digest,
         "chat_template_digest": manifest.chat_template_digest,
         "splits": splits,

@@ -76,7 +76,7 @@ class ShardRecord:
 
 def source_digest(layout: Layout, teacher: TeacherInfo, tokens_RT: NDArray[Any], flags_RT: NDArray[Any]) -> str:
     """Identity of what a shard is made from: a finished shard is kept only where this is the same."""
-    spec = {"format": FORMAT_VERSION, "layout": asdict(layout), "teacher": asdict(teacher)}
+    spec = {"format": FORMAT_VERSION, "layout": asdict(layout), "teacher": teacher.fields}
     return sha256_of(canonical_json({**spec, "tokens": tokens_digest(tokens_RT, flags_RT)}).encode())
 
 

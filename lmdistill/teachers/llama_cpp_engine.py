@@ -23,6 +23,10 @@ from lmdistill.teachers.chunks import Chunks, reduce_chunks
 from lmdistill.teachers.engine import EngineOptions, TopK
 from lmdistill.teachers.registry import engine
 
+# nats: the largest |Δ log-prob| that a file's types explain, from transformers in float32 on the same weights:
+# beside f16 and bf16 weights activations are rounded alike, beside all others to 8 bits in blocks; docs/signals.md
+PARITY_BOUNDS = {"f32": 0.01, "f16": 0.1, "bf16": 1.0}
+QUANTISED_BOUND = 3.0
 BATCH = 512  # tokens evaluated at once, llama.cpp's own default; bounds memory to BATCH · V floats
 
 
@@ -43,6 +47,11 @@ def weight_type(gguf: Path) -> str:
     for tensor in read_tensors(gguf).values():
         weights[tensor.type] += tensor.weights
     return weights.most_common(1)[0][0]
+
+
+def parity_bound(gguf: Path) -> float:
+    """The bound that the file's coarsest type explains, in nats."""
+    return max(PARITY_BOUNDS.get(tensor.type, QUANTISED_BOUND) for tensor in read_tensors(gguf).values())
 
 
 @engine("llama_cpp")

@@ -83,6 +83,11 @@ class TransformersEngine:
             ids.reshape(rows, length, -1), logp.reshape(rows, length, -1), tail.reshape(rows, length), lp_next_BT
         )
 
+    def logit_chunks(self, tokens_BT: NDArray[Any], starts_BT: NDArray[np.bool_]) -> Any:
+        """Yield (first token, logits [≤ CHUNK, V]) over all N tokens; see `LogitEngine`."""
+        positions = self._to_device(document_positions(starts_BT)) if self._options.isolate else None
+        yield from self.logits(self._to_device(tokens_BT.astype(np.int64)), positions)
+
     @property
     def device(self) -> Any:
         """Where the model is."""

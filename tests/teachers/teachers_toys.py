@@ -30,13 +30,13 @@ def save_tokenizer(folder: Path, vocab: int = VOCAB, prefix: str = "w") -> None:
     Tokenizer(WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
 
 
-def save_toy(folder: Path, kind: str = "llama", rows: int = VOCAB, **config: Any) -> ModelRef:
+def save_toy(folder: Path, kind: str = "llama", rows: int = VOCAB, seed: int = 0, **config: Any) -> ModelRef:
     """A random model of `kind` with `rows` logits, saved with the toy tokenizer."""
     import transformers
 
     names = {"llama": "Llama", "lfm2": "Lfm2", "granite": "Granite"}
     made = getattr(transformers, f"{names[kind]}Config")(vocab_size=rows, **SMALL, **config)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     getattr(transformers, f"{names[kind]}ForCausalLM")(made).save_pretrained(folder)
     save_tokenizer(folder)
     return ModelRef(kind, folder, "d" * 64, str(folder))
