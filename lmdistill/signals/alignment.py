@@ -36,17 +36,19 @@ def check_alignment(
     logp_RTK: NDArray[np.float32],
     lp_next_RT: NDArray[np.float32],
     companding: Companding,
+    last_RT: NDArray[np.int64] | None = None,
 ) -> Misaligned | None:
     """Check one batch of contiguous arrays; None where all is well.
 
-    `same_RTK` says where an id is the next token, and is False at a row's last position.
+    `same_RTK` says where an id is the next token, and is False at a row's last position. `last_RT` is each token's
+    last entry where that is not the K-th for all.
     """
     rows, length, k = same_RTK.shape
     missing_RT = np.isnan(lp_next_RT)
     if np.count_nonzero(missing_RT) != rows or not missing_RT[:, -1].all():
         bad_RT = missing_RT != (np.arange(length) == length - 1)
         return _first(bad_RT, lp_next_RT, np.full_like(lp_next_RT, np.nan))
-    decoded_RT, code_RT = logp_RTK[..., -1].copy(), _last_code(gaps_RTK)
+    decoded_RT, code_RT = _last_entry(logp_RTK, gaps_RTK, last_RT)
     below_RT = np.ones((rows, length), bool)  # less likely than any entry, or out of the code's reach
     hits = np.flatnonzero(same_RTK)
     token = hits // k
@@ -64,11 +66,16 @@ def check_alignment(
     return _first(bad_RT, lp_next_RT, decoded_RT) if bad_RT.any() else None
 
 
-def _last_code(gaps_RTK: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The K-th entry's code; 0 where K = 1."""
-    if gaps_RTK.shape[-1] == 0:
-        return np.zeros(gaps_RTK.shape[:-1], np.uint8)
-    return gaps_RTK[..., -1].copy()
+def _last_entry(
+    logp_RTK: NDArray[np.float32], gaps_RTK: NDArray[np.uint8], last_RT: NDArray[np.int64] | None
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """The last entry's log-prob and code; code 0 where it is the first."""
+    if last_RT is None:
+        codes = gaps_RTK[..., -1].copy() if gaps_RTK.shape[-1] else np.zeros(gaps_RTK.shape[:-1], np.uint8)
+        return logp_RTK[..., -1].copy(), codes
+    at_RT1 = last_RT[..., None]
+    codes_RTK = np.concatenate([np.zeros((*gaps_RTK.shape[:-1], 1), np.uint8), gaps_RTK], axis=-1)
+    return np.take_along_axis(logp_RTK, at_RT1, -1)[..., 0], np.take_along_axis(codes_RTK, at_RT1, -1)[..., 0]
 
 
 def _first(bad_RT: NDArray[np.bool_], expected_RT: NDArray[Any], decoded_RT: NDArray[Any]) -> Misaligned:

@@ -78,10 +78,15 @@ class Companding:
         return half
 
     def encode(self, logp_NK: F32, tail_N: F32) -> Encoded:
-        """Code descending log-probs `[N, K]` and the tail's log mass `[N]` (−inf where K is the vocabulary)."""
+        """Code descending log-probs `[N, K]` and the tail's log mass `[N]` (−inf where K is the vocabulary).
+
+        Entries with log-prob −inf do not count; their code is 0.
+        """
         gaps_NK = logp_NK[..., :1] - logp_NK[..., 1:]
+        none_NK = np.isinf(gaps_NK)
         codes_NK = np.searchsorted(self.edges_C, gaps_NK).astype(np.uint8)
-        spread_N = logsumexp(self._with_zero(-self.table_C[codes_NK]))
+        codes_NK[none_NK] = 0
+        spread_N = logsumexp(self._with_zero(np.where(none_NK, np.float32(-np.inf), -self.table_C[codes_NK])))
         top1_N = np.minimum(logsumexp(logp_NK) - spread_N, 0.0).astype(np.float16)
         head_N = np.exp(top1_N.astype(np.float64) + spread_N)
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -31,21 +31,46 @@ def row_dtype(layout: Layout) -> np.dtype[Any]:
     ]
     if layout.wide:
         fields += [("token_high", "u1", (row_tokens,)), ("ids_high", "u1", (row_tokens, k))]
+    if layout.variable:
+        fields += [("kept", "u1" if k <= 256 else "<u2", (row_tokens,))]
     return np.dtype(fields)
+
+
+def joined(layout: Layout, raw_R: NDArray[Any], name: str) -> NDArray[np.int64]:
+    """The plane "token" or "ids" with its high plane."""
+    whole: NDArray[np.int64] = raw_R[name].astype(np.int64)
+    if layout.wide:
+        whole += raw_R[f"{name}_high"].astype(np.int64) << 16
+    return whole
+
+
+def split(layout: Layout, raw_R: NDArray[Any], name: str, values: NDArray[Any]) -> None:
+    """Store "token" or "ids", with the high plane where there is one."""
+    raw_R[name] = values & 0xFFFF if layout.wide else values
+    if layout.wide:
+        raw_R[f"{name}_high"] = values >> 16
+
+
+def kept_mask(layout: Layout, raw_R: NDArray[Any]) -> NDArray[np.bool_] | None:
+    """Which entries count `[R, T, K]`, where their number varies; else None."""
+    if not layout.variable:
+        return None
+    mask: NDArray[np.bool_] = np.arange(layout.k) <= raw_R["kept"][..., None]
+    return mask
 
 
 def code_rows(layout: Layout, tokens_RT: NDArray[Any], flags_RT: NDArray[np.uint8], exact: TopK) -> NDArray[Any]:
     """What a teacher said of rows of tokens, as coded rows [R]."""
     raw_R = np.empty(len(tokens_RT), row_dtype(layout))
     code = layout.companding.encode(exact.logp_BTK, exact.tail_BT)
-    raw_R["token"] = tokens_RT & 0xFFFF
+    split(layout, raw_R, "token", tokens_RT)
+    split(layout, raw_R, "ids", exact.ids_BTK)
     raw_R["flags"] = flags_RT
     raw_R["top1"], raw_R["tail"], raw_R["gaps"] = code.top1_N, code.tail_N, code.gaps_NK
-    raw_R["ids"] = exact.ids_BTK & 0xFFFF
     with np.errstate(over="ignore"):  # below −65,504 nats it is −inf
         raw_R["lp_next"] = exact.lp_next_BT
-    if layout.wide:
-        raw_R["token_high"], raw_R["ids_high"] = tokens_RT >> 16, exact.ids_BTK >> 16
+    if layout.variable:
+        raw_R["kept"] = np.isfinite(exact.logp_BTK).sum(axis=-1) - 1
     return raw_R
 
 
@@ -64,4 +89,9 @@ def decode_rows(layout: Layout, raw_R: NDArray[Any], batch: SignalsBatch) -> Mis
     batch.lp_next_RT[...] = raw_R["lp_next"]
     gaps_RTK = np.ascontiguousarray(raw_R["gaps"])
     layout.companding.decode(raw_R["top1"], gaps_RTK, batch.logp_RTK)
-    return check_alignment(same_RTK, gaps_RTK, batch.logp_RTK, batch.lp_next_RT, layout.companding)
+    kept_RTK, kept_RT = kept_mask(layout, raw_R), None
+    if kept_RTK is not None:
+        batch.logp_RTK[~kept_RTK] = -np.inf
+        same_RTK &= kept_RTK
+        kept_RT = raw_R["kept"].astype(np.int64)
+    return check_alignment(same_RTK, gaps_RTK, batch.logp_RTK, batch.lp_next_RT, layout.companding, kept_RT)

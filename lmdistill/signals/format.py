@@ -77,6 +77,18 @@ class Layout:
     vocab_size: int
     variant: str = DEFAULT_VARIANT
     companding: Companding = field(default_factory=Companding)
+    top_p: float | None = None  # keep as few entries as hold this mass, at least k_min, at most k; None: always k
+    k_min: int | None = None
+
+    @property
+    def variable(self) -> bool:
+        """Whether the number of entries varies from token to token."""
+        return self.top_p is not None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """For the manifest: what is not set is left out, so that older caches keep their spelling."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def wide(self) -> bool:
@@ -128,7 +140,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of signals.json; its `digest` covers all the rest."""
-        body = {"format": FORMAT_VERSION, **asdict(self), "teacher": self.teacher.fields}
+        body = {"format": FORMAT_VERSION, **asdict(self), "layout": self.layout.fields, "teacher": self.teacher.fields}
         return canonical_json({**body, "digest": sha256_of(canonical_json(body).encode())})
 
     @property

@@ -40,8 +40,8 @@ def _bad_blocks(path: Path, record: dict[str, Any], layout: Layout, shard: Shard
     problems = []
     blocks = variants.get(layout.variant).blocks(layout, shard.rows, record)
     with path.open("rb") as file:
-        for index, (block, crc) in enumerate(zip(blocks, record["crc32"], strict=True)):
-            if zlib.crc32(file.read(block.stop - block.start)) != crc:
+        for index, block in enumerate(blocks):
+            if zlib.crc32(file.read(block.stop - block.start)) != block.crc:
                 first, rows = shard.first_row, block.rows
                 content = f"rows {first + rows[0]}–{first + rows[-1]}" if rows else "tables"
                 span = f"bytes {block.start}–{block.stop - 1}"

@@ -42,6 +42,7 @@ class SignalsReader:
         self._shards = self.manifest.splits[split].shards
         self._variant = variants.get(self.manifest.layout.variant)
         self._open: dict[int, variants.StoredRows] = {}
+        self._memory = variants.Memory()
         for shard in self._shards:
             self._check_size(shard)
 
@@ -50,7 +51,7 @@ class SignalsReader:
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers of a data loader open the shards themselves."""
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_memory": variants.Memory()}
 
     @property
     def rows(self) -> int:
@@ -129,7 +130,9 @@ class SignalsReader:
                     why="; ".join(problems[:4]),
                     fix="delete that shard's files and run the teach stage again: it alone is recomputed",
                 )
-            self._open[index] = self._variant.open(self.folder / shard.file, self.manifest.layout, shard.rows)
+            self._open[index] = self._variant.open(
+                self.folder / shard.file, self.manifest.layout, shard.rows, self._memory
+            )
         return self._open[index]
 
     def _check_size(self, shard: ShardEntry) -> None:

@@ -14,7 +14,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -25,6 +25,7 @@ from lmdistill.errors import PreflightError, nearest
 from lmdistill.signals import coded
 from lmdistill.signals.alignment import Misaligned
 from lmdistill.signals.batch import SignalsBatch
+from lmdistill.signals.block_cache import BlockCache
 from lmdistill.signals.format import Layout
 from lmdistill.teachers.engine import TopK
 
@@ -36,6 +37,15 @@ class Block:
     rows: range | None  # counted from the shard's first
     start: int  # bytes from the shard's start
     stop: int
+    crc: int
+
+
+@dataclass
+class Memory:
+    """What a reader keeps decoded of all its shards: bounded, however large the cache is."""
+
+    blocks: BlockCache[NDArray[np.uint8]] = field(default_factory=lambda: BlockCache(2**25))
+    tables: BlockCache[Any] = field(default_factory=lambda: BlockCache(2**27))
 
 
 class Packer(Protocol):
@@ -85,12 +95,12 @@ class Variant(ABC):
         """A new packer for one shard."""
 
     @abstractmethod
-    def open(self, path: Path, layout: Layout, rows: int) -> StoredRows:
+    def open(self, path: Path, layout: Layout, rows: int, memory: Memory) -> StoredRows:
         """The shard at `path`; its record lies beside it. The caller has checked their bytes."""
 
     @abstractmethod
     def blocks(self, layout: Layout, rows: int, record: dict[str, Any]) -> Iterator[Block]:
-        """The blocks of a shard in order, as many as its record has crc32s."""
+        """The blocks of a shard in order, as its record tells them."""
 
 
 VariantT = TypeVar("VariantT", bound=type[Variant])

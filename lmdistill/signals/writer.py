@@ -37,6 +37,7 @@ from lmdistill.signals.format import (
 )
 from lmdistill.signals.integrity import shard_problems
 from lmdistill.signals.statistics import Statistics
+from lmdistill.signals.truncation import truncate
 from lmdistill.teachers.engine import TopK
 
 
@@ -76,7 +77,7 @@ class ShardRecord:
 
 def source_digest(layout: Layout, teacher: TeacherInfo, tokens_RT: NDArray[Any], flags_RT: NDArray[Any]) -> str:
     """Identity of what a shard is made from: a finished shard is kept only where this is the same."""
-    spec = {"format": FORMAT_VERSION, "layout": asdict(layout), "teacher": teacher.fields}
+    spec = {"format": FORMAT_VERSION, "layout": layout.fields, "teacher": teacher.fields}
     return sha256_of(canonical_json({**spec, "tokens": tokens_digest(tokens_RT, flags_RT)}).encode())
 
 
@@ -121,6 +122,7 @@ class ShardWriter:
     def append(self, tokens_RT: NDArray[Any], flags_RT: NDArray[np.uint8], exact: TopK) -> None:
         """Encode and write the next rows."""
         check_engine_output(exact, self.layout)
+        exact = truncate(exact, self.layout)
         raw_R = self._variant.code(self.layout, tokens_RT, flags_RT, exact)
         decoded = SignalsBatch.empty(np.arange(len(raw_R)), self.layout.row_tokens, self.layout.k)
         self.refuse(self._variant.decode(self.layout, raw_R, decoded))

@@ -38,16 +38,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus, tmp_path_factory):
+def undisturbed(corpus, variant, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
-    capture(corpus, out, BigramEngine(), ("train", "valid")).run()
+    capture(corpus, out, BigramEngine(), ("train", "valid"), variant).run()
     return contents(out)
 
 
-def test_capture_is_what_the_teacher_says(corpus, tmp_path):
+def test_capture_is_what_the_teacher_says(corpus, variant, tmp_path):
     """Statistics equal those computed from the exact predictions, and the rows are the corpus' rows."""
     teacher = BigramEngine()
-    manifest = capture(corpus, tmp_path, teacher).run()
+    manifest = capture(corpus, tmp_path, teacher, variant=variant).run()
     tokens = np.load(corpus / "train.tokens.npy").astype(np.int32)
     exact = teacher.score(tokens, tokens > VOCAB)
     figures = manifest.splits["train"].statistics
@@ -61,11 +61,11 @@ def test_capture_is_what_the_teacher_says(corpus, tmp_path):
     assert verify(tmp_path) == []
 
 
-def test_finished_shards_are_never_scored_again(corpus, undisturbed, tmp_path):
+def test_finished_shards_are_never_scored_again(corpus, variant, undisturbed, tmp_path):
     """A second capture scores nothing; a lost or damaged shard is scored alone; the bytes are the same throughout."""
-    capture(corpus, tmp_path, BigramEngine(), ("train", "valid")).run()
+    capture(corpus, tmp_path, BigramEngine(), ("train", "valid"), variant).run()
     again = BigramEngine()
-    capture(corpus, tmp_path, again, ("train", "valid")).run()
+    capture(corpus, tmp_path, again, ("train", "valid"), variant).run()
     assert again.rows_scored == 0
     damaged = tmp_path / "train-00002.sig"
     data = bytearray(damaged.read_bytes())
@@ -74,7 +74,7 @@ def test_finished_shards_are_never_scored_again(corpus, undisturbed, tmp_path):
     (tmp_path / "train-00000.json").unlink()
     (tmp_path / ".train-00000.sig.tmp").write_bytes(b"half")
     repair = BigramEngine()
-    capture(corpus, tmp_path, repair, ("train", "valid")).run()
+    capture(corpus, tmp_path, repair, ("train", "valid"), variant).run()
     assert repair.rows_scored == 2 * SHARD_ROWS
     assert contents(tmp_path) == undisturbed
 
@@ -89,9 +89,9 @@ def test_shards_of_other_tokens_are_not_kept(corpus, tmp_path):
     assert engine.rows_scored == 22
 
 
-def test_killed_at_any_moment_gives_the_same_bytes(corpus, undisturbed, tmp_path):
+def test_killed_at_any_moment_gives_the_same_bytes(corpus, variant, undisturbed, tmp_path):
     """kill -9 again and again, then once to the end: every file equals an undisturbed run's."""
-    command = [sys.executable, signals_synthetic.__file__, str(corpus), str(tmp_path)]
+    command = [sys.executable, signals_synthetic.__file__, str(corpus), str(tmp_path), variant]
     kills = 0
     for seconds in (0.03, 0.06, 0.1):
         with subprocess.Popen(command) as process:
@@ -155,7 +155,7 @@ def test_a_failing_engine_ends_the_writer(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("shard", [0, 2])
-def test_disk_full(corpus, undisturbed, tmp_path, monkeypatch, shard):
+def test_disk_full(corpus, variant, undisturbed, tmp_path, monkeypatch, shard):
     """ENOSPC is one clear message that gives the unfinished shard's space back; a resumed run completes."""
     write = writer_module.ShardWriter._write_block
 
@@ -168,10 +168,10 @@ def test_disk_full(corpus, undisturbed, tmp_path, monkeypatch, shard):
     with monkeypatch.context() as patch:
         patch.setattr(writer_module.ShardWriter, "_write_block", full)
         with pytest.raises(StageError, match=f"shard train-0000{shard}.*No space left on device") as caught:
-            capture(corpus, tmp_path, BigramEngine(), ("train", "valid")).run()
+            capture(corpus, tmp_path, BigramEngine(), ("train", "valid"), variant).run()
     assert "free some space" in caught.value.fix
     assert len(contents(tmp_path)) == 2 * shard
-    capture(corpus, tmp_path, BigramEngine(), ("train", "valid")).run()
+    capture(corpus, tmp_path, BigramEngine(), ("train", "valid"), variant).run()
     assert contents(tmp_path) == undisturbed
 
 

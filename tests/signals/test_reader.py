@@ -21,10 +21,10 @@ from lmdistill.signals.reader import SignalsReader
 @pytest.mark.parametrize(
     ("vocab", "k"), [(VOCAB, 8), (VOCAB, 1), (VOCAB, VOCAB), (70_000, 16), (65_536, 4), (65_537, 4)]
 )
-def test_round_trip(tmp_path, vocab, k):
+def test_round_trip(tmp_path, variant, vocab, k):
     """Tokens, flags and ids come back exactly, log-probs within the code, for u16 ids and for u16 + high plane."""
     tokens, flags, exact = random_rows(5, 6, 8, vocab, k)
-    write_cache(tmp_path, tokens, flags, exact, vocab)
+    write_cache(tmp_path, tokens, flags, exact, vocab, variant=variant)
     reader = SignalsReader(tmp_path)
     batch = reader.read(slice(None))
     assert (reader.rows, reader.row_tokens, reader.k, reader.vocab_size) == (6, 8, k, vocab)
@@ -45,9 +45,9 @@ def test_stride():
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
+def cache(tmp_path_factory, variant):
     out = tmp_path_factory.mktemp("cache")
-    write_cache(out, *random_rows(7, 11, 16, VOCAB, 8), vocab=VOCAB)
+    write_cache(out, *random_rows(7, 11, 16, VOCAB, 8), vocab=VOCAB, variant=variant)
     return SignalsReader(out)
 
 
@@ -74,8 +74,8 @@ def test_reader_travels_to_workers(cache):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    write_cache(tmp_path / "out", *random_rows(9, 8, 16, VOCAB, 8), vocab=VOCAB)
+def folder(tmp_path, variant):
+    write_cache(tmp_path / "out", *random_rows(9, 8, 16, VOCAB, 8), vocab=VOCAB, variant=variant)
     return tmp_path / "out"
 
 

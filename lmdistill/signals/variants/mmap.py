@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdistill.signals.format import Layout
-from lmdistill.signals.variant import Block, Variant, variant
+from lmdistill.signals.variant import Block, Memory, Variant, variant
 
 BLOCK_BYTES = 65_536  # a flipped byte is located to about this many bytes
 
@@ -33,7 +33,7 @@ class MmapVariant(Variant):
         """Rows as they are."""
         return MmapPacker(self.block_rows(layout))
 
-    def open(self, path: Path, layout: Layout, rows: int) -> MappedRows:
+    def open(self, path: Path, layout: Layout, rows: int, memory: Memory) -> MappedRows:
         """Map the shard."""
         return MappedRows(path, rows)
 
@@ -44,9 +44,9 @@ class MmapVariant(Variant):
     def blocks(self, layout: Layout, rows: int, record: dict[str, Any]) -> Iterator[Block]:
         """Equal stretches of whole rows."""
         step, size = self.block_rows(layout), self.dtype(layout).itemsize
-        for first in range(0, rows, step):
+        for first, crc in zip(range(0, rows, step), record["crc32"], strict=True):
             stop = min(first + step, rows)
-            yield Block(range(first, stop), first * size, stop * size)
+            yield Block(range(first, stop), first * size, stop * size, crc)
 
 
 class MmapPacker:
