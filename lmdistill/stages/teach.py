@@ -19,18 +19,21 @@ from lmdistill.pipeline.stage import (
     ModelRef,
     PreflightContext,
     Runtime,
+    RuntimeKey,
     Stage,
     StageConfig,
     StageContext,
 )
 from lmdistill.teachers.registry import ENGINES, check_engine, create_engine, tools_of
 from lmdistill.teachers.token_maps import check_same_tokens, real_vocabulary, token_map
+from lmdistill.teachers.vllm_options import EndpointOptions, VllmOptions
 
 if TYPE_CHECKING:
     from lmdistill.corpus.format import CorpusReader
     from lmdistill.signals.format import TeacherInfo
     from lmdistill.signals.shard_work import Executor
     from lmdistill.teachers.engine import EngineOptions
+    from lmdistill.teachers.engine_parity import Proof
 
 WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes a parameter
 BASE_MEMORY = 1_000_000_000  # torch, one batch of hidden states, a chunk of logits, what waits for the disk
@@ -58,6 +61,17 @@ class TeachConfig(StageConfig):
     )
     ensemble_weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AddedKey()] = Field(
         default=(), description="shares in that mean, the recipe's teacher first; empty: equal"
+    )
+
+    vllm: Annotated[VllmOptions, RuntimeKey()] = Field(default=VllmOptions(), description="how `engine: vllm` runs")
+    endpoint: Annotated[EndpointOptions | None, RuntimeKey()] = Field(
+        default=None, description="the server that `engine: vllm_server` asks"
+    )
+    parity_rows: Annotated[int, Field(ge=0), AddedKey()] = Field(
+        default=2, description="corpus rows that prove other engines against transformers in float32; 0: no proof"
+    )
+    parity_bound: Annotated[float | None, Field(gt=0), AddedKey()] = Field(
+        default=None, description="largest |Δ log-prob| of that proof, in nats; null: what the precision explains"
     )
 
     @model_validator(mode="after")
@@ -103,6 +117,8 @@ class TeachStage(Stage[TeachConfig]):
             teachers = [ctx.teacher, *_members_here(ctx)]
             parameters = sum(_parameters(model.path) for model in teachers)
             memory = sum(_weight_bytes(ctx.config, model) for model in teachers) + BASE_MEMORY
+            if ctx.config.engine != "transformers" and ctx.config.parity_rows:
+                memory = max(memory, parameters * WIDTHS["float32"] + BASE_MEMORY)  # the reference of the proof
             if tokens is not None:
                 from lmdistill.signals import variant as variants
                 from lmdistill.signals.format import Layout
@@ -139,6 +155,7 @@ class TeachStage(Stage[TeachConfig]):
                 _options(ctx, corpus),
                 tuple(others),
                 ctx.config.ensemble_weights,
+                _proof(ctx, corpus, [teacher, *others]),
             ),
             shard_rows=ctx.config.shard_rows,
             batch_rows=ctx.config.batch_rows,
@@ -150,7 +167,8 @@ class TeachStage(Stage[TeachConfig]):
         first = statistics[ctx.config.splits[0]]
         summary = {name: first[name] for name in ("bytes_per_token", "head_mass", "teacher_nll")}
         summary["tokens"] = sum(int(figures["tokens"] or 0) for figures in statistics.values())
-        return {"k": ctx.config.k, **summary, "splits": statistics, "digest": manifest.digest}
+        proven = {"parity": json.loads(_record(ctx).read_text())} if _record(ctx).exists() else {}
+        return {"k": ctx.config.k, **summary, **proven, "splits": statistics, "digest": manifest.digest}
 
     def verify(self, ctx: StageContext[TeachConfig], metrics: dict[str, Any]) -> None:
         """Read everything again: bytes, alignment, and figures that a teacher can have."""
@@ -174,13 +192,46 @@ def _who_speaks(config: TeachConfig, teachers: list[ModelRef]) -> TeacherInfo:
     from lmdistill.signals.format import TeacherInfo
     from lmdistill.teachers.ensemble_members import ensemble_info
 
-    version = create_engine(config.engine).version()
+    version = _version(config)
     if len(teachers) > 1:
         return ensemble_info(
             teachers, config.ensemble_weights, lambda model: _precision(config, model), config.engine, version
         )
     [teacher] = teachers
     return TeacherInfo(teacher.source, teacher.digest, _precision(config, teacher), config.engine, version)
+
+
+def _version(config: TeachConfig) -> str:
+    if not ENGINES[config.engine].server:
+        return create_engine(config.engine).version()
+    from lmdistill.teachers.vllm_server import served_version
+
+    return served_version(config.endpoint)
+
+
+def _record(ctx: StageContext[TeachConfig]) -> Path:
+    """Where the figures of the engine's proof are, once it is made."""
+    return ctx.work / "parity.json"
+
+
+def _proof(ctx: StageContext[TeachConfig], corpus: CorpusReader, teachers: list[ModelRef]) -> Proof | None:
+    """Rows of the first split, spread over it, on which the engine must say what the reference says."""
+    import numpy as np
+
+    from lmdistill.corpus.format import DOC_START
+    from lmdistill.teachers.engine_parity import BOUNDS, REFERENCE, Proof
+
+    if ctx.config.engine == REFERENCE or not ctx.config.parity_rows:
+        return None
+    bound = ctx.config.parity_bound
+    if bound is None and ENGINES[ctx.config.engine].gguf:
+        from lmdistill.teachers.llama_cpp_engine import need_gguf, parity_bound
+
+        bound = max(parity_bound(need_gguf(teacher)) for teacher in teachers)
+    split = corpus.split(ctx.config.splits[0])
+    rows = np.unique(np.linspace(0, len(split) - 1, ctx.config.parity_rows).astype(int))
+    tokens, flags = split.tokens_RT[rows].astype("int32"), split.flags_RT[rows]
+    return Proof(tokens, (flags & DOC_START) != 0, bound or BOUNDS[ctx.config.precision], _record(ctx))
 
 
 def _options(ctx: StageContext[TeachConfig], corpus: CorpusReader) -> EngineOptions:
@@ -194,6 +245,8 @@ def _options(ctx: StageContext[TeachConfig], corpus: CorpusReader) -> EngineOpti
         threads=ctx.runtime.threads,
         isolate=corpus.meta.packing == "isolate",
         row_tokens=corpus.meta.sequence_length,
+        vllm=ctx.config.vllm,
+        endpoint=ctx.config.endpoint,
     )
 
 
@@ -216,6 +269,10 @@ def _check_ray(ctx: PreflightContext[TeachConfig]) -> None:
 
 def _check_engine(ctx: PreflightContext[TeachConfig]) -> None:
     check_engine(ctx.config.engine)
+    if ENGINES[ctx.config.engine].server:
+        from lmdistill.teachers.vllm_server import check_server
+
+        check_server(ctx.config.endpoint)
     if ctx.teacher is not None:
         _precision(ctx.config, ctx.teacher)
 

@@ -7,14 +7,17 @@ of them compute some architectures wrongly. The reference is the transformers en
 
 from __future__ import annotations
 
-import gc
-from dataclasses import replace
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lmdistill.errors import IntegrityError
+from lmdistill.pipeline.files import write_text
 from lmdistill.pipeline.stage import ModelRef
 from lmdistill.teachers.engine import EngineOptions, TeacherEngine, TopK
 
@@ -22,41 +25,36 @@ REFERENCE = "transformers"  # the engine that others are held against
 BOUNDS = {"float32": 0.01, "bfloat16": 1.0}  # nats: the largest |Δ log-prob| that rounding explains; docs/signals.md
 
 
-def open_reference(teacher: ModelRef, options: EngineOptions) -> TeacherEngine:
-    """The transformers engine on the same teacher, in float32 on the CPU, so that it takes no accelerator's memory.
+@dataclass(frozen=True)
+class Proof:
+    """Rows on which an engine is held against the reference whenever it is opened."""
 
-    With `isolate` each document is given to it by itself, so that teachers that leak in a packed row are proven too.
+    tokens_BT: NDArray[Any]
+    starts_BT: NDArray[np.bool_]
+    bound: float  # nats
+    record: Path  # where the first proof's figures are kept, as JSON
+
+    def settle(self, engine: TeacherEngine, expected: TopK) -> None:
+        """Compare what `engine` says of the rows with what the reference said; raises IntegrityError as `compare`."""
+        figures = compare(engine.score(self.tokens_BT, self.starts_BT), expected, self.bound)
+        if not self.record.exists():
+            self.record.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.record, json.dumps(figures, sort_keys=True), f".{self.record.name}.{os.getpid()}.tmp")
+
+
+def open_reference(teacher: ModelRef, options: EngineOptions, reference: TeacherEngine | None = None) -> TeacherEngine:
+    """The transformers engine (or `reference`, not yet opened) on the same teacher, in float32.
+
+    It runs on the CPU, so that it takes no accelerator's memory. With `isolate` each document is given to it by
+    itself, so that teachers that leak in a packed row are proven too.
     """
     from lmdistill.teachers.prompts import DocumentsApart
     from lmdistill.teachers.registry import create_engine
 
-    plain = create_engine(REFERENCE)
-    reference = DocumentsApart(plain) if options.isolate else plain
-    reference.open(teacher, replace(options, precision="float32", device="cpu"))
-    return reference
-
-
-def open_proven(
-    name: str,
-    teacher: ModelRef,
-    options: EngineOptions,
-    tokens_BT: NDArray[Any],
-    starts_BT: NDArray[np.bool_],
-    bound: float,
-) -> tuple[TeacherEngine, dict[str, float]]:
-    """The engine `name`, open and proven on these rows, and the proof's figures.
-
-    The reference speaks first and is dropped, so that the two teachers are never in memory together.
-    """
-    from lmdistill.teachers.registry import create_engine
-
-    reference = open_reference(teacher, options)
-    expected = reference.score(tokens_BT, starts_BT)
-    del reference
-    gc.collect()
-    engine = create_engine(name)
-    engine.open(teacher, options)
-    return engine, compare(engine.score(tokens_BT, starts_BT), expected, bound)
+    plain = reference or create_engine(REFERENCE)
+    opened = DocumentsApart(plain) if options.isolate else plain
+    opened.open(teacher, replace(options, precision="float32", device="cpu"))
+    return opened
 
 
 def prove(

@@ -102,7 +102,8 @@ def top_k(entries: Entries, vocab_size: int) -> tuple[NDArray[np.int32], NDArray
             fix="use `engine: transformers`, which cuts the padding before it sums",
         )
     order_NK = np.lexsort((ids_NK, -logp_NK), axis=-1)
-    ids_NK, logp_NK = (np.take_along_axis(array, order_NK, axis=-1) for array in (ids_NK, logp_NK))
+    ids_NK = np.take_along_axis(ids_NK, order_NK, axis=-1)
+    logp_NK = np.take_along_axis(logp_NK, order_NK, axis=-1)
     k = ids_NK.shape[-1]
     if k >= vocab_size:
         return ids_NK.astype(np.int32), logp_NK.astype(np.float32), np.full(len(ids_NK), -np.inf, np.float32)

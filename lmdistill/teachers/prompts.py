@@ -49,8 +49,9 @@ def prompts_of(tokens_BT: NDArray[Any], starts_BT: NDArray[np.bool_], isolate: b
     return prompts
 
 
-def empty_top_k(rows: int, length: int, k: int) -> TopK:
-    """Arrays for B rows to be filled; `lp_next` is NaN."""
+def empty_top_k(tokens_BT: NDArray[Any], k: int) -> TopK:
+    """Arrays to be filled for these rows; `lp_next` is NaN."""
+    rows, length = tokens_BT.shape
     return TopK(
         np.empty((rows, length, k), np.int32),
         np.empty((rows, length, k), np.float32),
@@ -72,7 +73,7 @@ class PromptEngine(ABC):
         """Top-K of every position. Raises StageError where an answer is not about the tokens asked."""
         options = self._options
         prompts = prompts_of(tokens_BT, starts_BT, options.isolate)
-        scored = empty_top_k(*tokens_BT.shape, options.k)
+        scored = empty_top_k(tokens_BT, options.k)
         for prompt, entries in zip(prompts, self.ask([p.tokens for p in prompts], options.k), strict=True):
             if not np.array_equal(entries.token_N, prompt.tokens[1:]):
                 raise StageError("the engine answered about other tokens than it was asked")
@@ -100,7 +101,7 @@ class DocumentsApart:
 
     def score(self, tokens_BT: NDArray[Any], starts_BT: NDArray[np.bool_]) -> TopK:
         """Top-K of every position, a document at a time."""
-        scored = empty_top_k(*tokens_BT.shape, self._k)
+        scored = empty_top_k(tokens_BT, self._k)
         for prompt in prompts_of(tokens_BT, starts_BT, isolate=True):
             tokens_1N = np.asarray([prompt.tokens], tokens_BT.dtype)
             part = self._inner.score(tokens_1N, np.zeros(tokens_1N.shape, bool))

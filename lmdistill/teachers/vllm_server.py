@@ -34,7 +34,7 @@ class VllmServerEngine(PromptEngine):
         self._ask_one(longest, options.k)
 
     def version(self) -> str:
-        """The server is asked by a name: its version is not known before it is opened."""
+        """What is asked; `served_version` knows the server's own version."""
         return "vllm serve"
 
     def ask(self, prompts: Sequence[list[int]], k: int) -> Iterator[Entries]:
@@ -59,3 +59,13 @@ def need_endpoint(options: EndpointOptions | None) -> EndpointOptions:
             "engine 'vllm_server' needs a server to ask", fix="add `endpoint: {url: http://localhost:8000}`"
         )
     return options
+
+
+def served_version(options: EndpointOptions | None) -> str:
+    """The server and its version, for the manifest; raises LmdistillError where it is away."""
+    return f"vllm serve {Endpoint(need_endpoint(options)).version()}"
+
+
+def check_server(options: EndpointOptions | None) -> None:
+    """Raise LmdistillError where the server is away, or does not serve the model: asked once, before work starts."""
+    Endpoint(need_endpoint(options).model_copy(update={"retries": 0})).model()
