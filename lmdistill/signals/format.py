@@ -14,6 +14,7 @@ from typing import Any
 
 from lmdistill.errors import IntegrityError
 from lmdistill.signals.codec import Companding
+from lmdistill.signals.hidden import HiddenLayout
 
 FORMAT_VERSION = 1
 DEFAULT_VARIANT = "mmap"
@@ -79,6 +80,7 @@ class Layout:
     companding: Companding = field(default_factory=Companding)
     top_p: float | None = None  # keep as few entries as hold this mass, at least k_min, at most k; None: always k
     k_min: int | None = None
+    hidden: HiddenLayout | None = None  # hidden states beside the shards
 
     @property
     def variable(self) -> bool:
@@ -89,6 +91,11 @@ class Layout:
     def fields(self) -> dict[str, Any]:
         """For the manifest: what is not set is left out, so that older caches keep their spelling."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def beside(self) -> int:
+        """Bytes of a token's hidden states, in a file of their own."""
+        return 0 if self.hidden is None else self.hidden.bytes_per_token
 
     @property
     def wide(self) -> bool:
@@ -177,6 +184,9 @@ class Manifest:
     def _from_fields(cls, fields: dict[str, Any]) -> Manifest:
         del fields["digest"]
         fields["layout"]["companding"] = Companding(**fields["layout"]["companding"])
+        if "hidden" in fields["layout"]:
+            hidden = fields["layout"].pop("hidden")
+            fields["layout"]["hidden"] = HiddenLayout(tuple(hidden.pop("layers")), **hidden)
         fields["layout"] = Layout(**fields["layout"])
         members = tuple(MemberInfo(**member) for member in fields["teacher"].pop("members", ()))
         fields["teacher"] = TeacherInfo(**fields["teacher"], members=members)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lmdistill.errors import IntegrityError
 from lmdistill.signals import variant as variants
 from lmdistill.signals.format import ShardEntry, bytes_per_token, find_folder, load_manifest
+from lmdistill.signals.hidden_files import hidden_problems
 from lmdistill.signals.integrity import shard_problems
 from lmdistill.signals.reader import SignalsReader
 
@@ -39,6 +41,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "bytes_per_token": bytes_per_token(
             layout, [shard for split in manifest.splits.values() for shard in split.shards]
         ),
+        "hidden": None if layout.hidden is None else asdict(layout.hidden) | {"bytes_per_token": layout.beside},
         "packing": manifest.packing,
         "teacher": manifest.teacher.fields,
         "tokenizer_digest": manifest.tokenizer_digest,
@@ -60,7 +63,7 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
     for name, split in manifest.splits.items():
         for shard in split.shards:
             found = shard_problems(folder, shard, manifest.layout)
-            problems += found
+            problems += found + hidden_problems(folder, shard, manifest.layout)
             if not found:
                 problems += _misalignment(SignalsReader(folder, name, verify=False), shard)
             done += 1

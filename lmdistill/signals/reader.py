@@ -16,6 +16,8 @@ from lmdistill.errors import IntegrityError, LmdistillError
 from lmdistill.signals import variant as variants
 from lmdistill.signals.batch import SignalsBatch
 from lmdistill.signals.format import Manifest, ShardEntry, find_folder, load_manifest
+from lmdistill.signals.hidden import F32
+from lmdistill.signals.hidden_files import HiddenReader
 from lmdistill.signals.integrity import shard_problems
 
 __all__ = ["SignalsBatch", "SignalsReader"]
@@ -42,6 +44,7 @@ class SignalsReader:
         self._shards = self.manifest.splits[split].shards
         self._variant = variants.get(self.manifest.layout.variant)
         self._open: dict[int, variants.StoredRows] = {}
+        self._hidden: HiddenReader | None = None
         self._memory = variants.Memory()
         for shard in self._shards:
             self._check_size(shard)
@@ -85,13 +88,26 @@ class SignalsReader:
 
     def read(self, rows: Sequence[int] | NDArray[Any] | slice) -> SignalsBatch:
         """The asked rows in the asked order; raises IntegrityError where they fail the alignment proof."""
-        chosen = np.arange(self.rows)[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
-        if chosen.size and (chosen.min() < 0 or chosen.max() >= self.rows):
-            raise LmdistillError(f"row {chosen.min()}…{chosen.max()} asked of a split of {self.rows} rows")
+        chosen = self._chosen(rows)
         batch = SignalsBatch.empty(chosen, self.row_tokens, self.k)
         for start in range(0, len(chosen), DECODE_ROWS):
             self._decode(batch.part(slice(start, start + DECODE_ROWS)))
         return batch
+
+    def hidden(self, rows: Sequence[int] | NDArray[Any] | slice) -> F32:
+        """The teacher's hidden states `[R, T, L, D]` of the asked rows, in the order of the recipe's `hidden_layers`.
+
+        Raises IntegrityError where the cache holds none, or their file is damaged.
+        """
+        if self._hidden is None:
+            self._hidden = HiddenReader(self.folder, self.manifest.layout, self._shards)
+        return self._hidden.read(self._chosen(rows), self.verify)
+
+    def _chosen(self, rows: Sequence[int] | NDArray[Any] | slice) -> NDArray[np.int64]:
+        chosen = np.arange(self.rows)[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+        if chosen.size and (chosen.min() < 0 or chosen.max() >= self.rows):
+            raise LmdistillError(f"row {chosen.min()}…{chosen.max()} asked of a split of {self.rows} rows")
+        return chosen
 
     def _decode(self, batch: SignalsBatch) -> None:
         found = self._variant.decode(self.manifest.layout, self._raw(batch.rows), batch)

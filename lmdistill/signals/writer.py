@@ -35,6 +35,7 @@ from lmdistill.signals.format import (
     sha256_of,
     shard_name,
 )
+from lmdistill.signals.hidden_files import HiddenWriter, hidden_problems
 from lmdistill.signals.integrity import shard_problems
 from lmdistill.signals.statistics import Statistics
 from lmdistill.signals.truncation import truncate
@@ -94,7 +95,7 @@ def finished_shard(folder: Path, job: ShardJob, layout: Layout, source: str) -> 
         return None, [f"{path.name}: not a shard's record: {error!r}"]
     if fields["source"] != source or (entry.first_row, entry.rows) != (job.first_row, job.rows):
         return None, [f"{job.file}: made from other tokens, another teacher or other settings"]
-    problems = shard_problems(folder, entry, layout)
+    problems = shard_problems(folder, entry, layout) + hidden_problems(folder, entry, layout)
     return (None, problems) if problems else (ShardRecord(entry, statistics), [])
 
 
@@ -118,17 +119,36 @@ class ShardWriter:
         self._packer = self._variant.packer(layout)
         self._sha, self._crcs, self._rows, self._bytes = hashlib.sha256(), list[int](), 0, 0
         self._file: BinaryIO | None = None
+        self._hidden = HiddenWriter(folder, job.file, layout.hidden, writer_id) if layout.hidden else None
 
     def append(self, tokens_RT: NDArray[Any], flags_RT: NDArray[np.uint8], exact: TopK) -> None:
         """Encode and write the next rows."""
         check_engine_output(exact, self.layout)
+        self._append_hidden(exact)
         exact = truncate(exact, self.layout)
         raw_R = self._variant.code(self.layout, tokens_RT, flags_RT, exact)
         decoded = SignalsBatch.empty(np.arange(len(raw_R)), self.layout.row_tokens, self.layout.k)
         self.refuse(self._variant.decode(self.layout, raw_R, decoded))
         self.statistics.add(tokens_RT, flags_RT, exact, decoded.logp_RTK, decoded.tail_RT)
+        self.append_coded(raw_R)
+
+    def append_coded(self, raw_R: NDArray[Any]) -> None:
+        """Write rows that are coded already; their statistics are the caller's."""
         self._write(self._packer.add(raw_R))
         self._rows += len(raw_R)
+
+    def _append_hidden(self, exact: TopK) -> None:
+        try:
+            if self._hidden is not None:
+                self._hidden.append(exact)
+        except OSError as error:
+            raise self._disk_error(error) from error
+
+    def _commit_hidden(self) -> dict[str, Any]:
+        try:
+            return {} if self._hidden is None else {"hidden": self._hidden.commit()}
+        except OSError as error:
+            raise self._disk_error(error) from error
 
     def refuse(self, found: Misaligned | None) -> None:
         """Raise StageError where the engine's log-probs do not belong to its tokens: before a byte is written."""
@@ -156,6 +176,7 @@ class ShardWriter:
             "source": self.source,
             "statistics": asdict(self.statistics),
             **self._packer.index(),
+            **self._commit_hidden(),
         }
         record = canonical_json(fields).encode()
         try:
@@ -192,8 +213,10 @@ class ShardWriter:
         with contextlib.suppress(OSError):  # what is buffered cannot be written either
             if self._file is not None:
                 self._file.close()
+        if self._hidden is not None:
+            self._hidden.drop()
         self._part.unlink(missing_ok=True)
-        need = self.job.rows * self.layout.row_tokens * self._variant.bytes_bound(self.layout)
+        need = self.job.rows * self.layout.row_tokens * (self._variant.bytes_bound(self.layout) + self.layout.beside)
         return StageError(
             f"cannot write shard {self.job.file} in {self.folder}: {os.strerror(error.errno or 0)}",
             why=f"this shard takes {need / 1e6:.1f} MB; finished shards are kept",

@@ -27,6 +27,13 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class TopKWithHidden(TopK):
+    """The same, with the hidden states of L layers that led to it."""
+
+    hidden_BTLD: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class EngineOptions:
     """How an engine is opened. `precision` is part of the result, device and threads are not."""
 
@@ -36,6 +43,7 @@ class EngineOptions:
     device: str = "cpu"
     threads: int | None = None
     isolate: bool = False  # rows hold several documents that must not see each other
+    hidden_layers: tuple[int, ...] = ()  # hidden states asked for: 0 the embeddings, n what block n gives on
     row_tokens: int = 2048  # the longest row, for engines that must make room for it
     vllm: VllmOptions = field(default_factory=VllmOptions)
     endpoint: EndpointOptions | None = None  # the server that is asked, for engines that ask one

@@ -27,12 +27,13 @@ class EngineEntry:
     tools: tuple[str, ...] = ("torch", "transformers")  # distributions whose version changes what it says
     gguf: bool = False  # scores the GGUF file that the teacher was given as, as quantised as it is
     server: bool = False  # asks the server that `endpoint` names
+    hidden: bool = False  # gives hidden states beside its top K
     logits: bool = False  # yields the logits of all ids too (`LogitEngine`), as an ensemble needs them
 
 
 ENGINES: dict[str, EngineEntry] = {
     "transformers": EngineEntry(
-        "lmdistill.teachers.transformers_engine", ("torch", "transformers"), "train", logits=True
+        "lmdistill.teachers.transformers_engine", ("torch", "transformers"), "train", logits=True, hidden=True
     ),
     "vllm": EngineEntry(
         "lmdistill.teachers.vllm_engine",

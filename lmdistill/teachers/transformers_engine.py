@@ -15,7 +15,7 @@ from lmdistill.checkpoints import load_model
 from lmdistill.corpus.format import document_positions
 from lmdistill.errors import LmdistillError
 from lmdistill.pipeline.stage import ModelRef
-from lmdistill.teachers.engine import EngineOptions, TopK
+from lmdistill.teachers.engine import EngineOptions, TopK, TopKWithHidden
 from lmdistill.teachers.reduction import reduce_logits
 from lmdistill.teachers.registry import engine
 
@@ -35,7 +35,7 @@ class TransformersEngine:
         logging.disable_progress_bar()
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        self._options = options
+        self._options, self._layers, self._kept = options, (), list[Any]()
         self._model = load_model(teacher.path, options.precision, options.device)
         head = self._model.get_output_embeddings()
         if head.weight.shape[0] < options.vocab_size:
@@ -54,6 +54,7 @@ class TransformersEngine:
                     why="what stands before a document changes its log-probs (convolutions, recurrence or a cache)",
                     fix="set the corpus stage's `packing` to concat or single",
                 )
+        self._layers = options.hidden_layers
 
     def version(self) -> str:
         """transformers and torch, with their versions."""
@@ -67,6 +68,7 @@ class TransformersEngine:
         import torch
 
         rows, length = tokens_BT.shape
+        self._kept = []
         with torch.inference_mode():
             tokens = self._to_device(tokens_BT.astype(np.int64))
             positions = self._to_device(document_positions(starts_BT)) if self._options.isolate else None
@@ -76,12 +78,12 @@ class TransformersEngine:
                 for start, logits_NV in self.logits(tokens, positions)
             ]
             columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-            ids, logp, tail, lp_next = self._to_host(columns)
+            kept = [torch.cat(self._kept).float()] if self._layers else []
+            ids, logp, tail, lp_next, *hidden = self._to_host([*columns, *kept])
         lp_next_BT = lp_next.reshape(rows, length)
         lp_next_BT[:, -1] = np.nan
-        return TopK(
-            ids.reshape(rows, length, -1), logp.reshape(rows, length, -1), tail.reshape(rows, length), lp_next_BT
-        )
+        shaped = ids.reshape(rows, length, -1), logp.reshape(rows, length, -1), tail.reshape(rows, length), lp_next_BT
+        return TopKWithHidden(*shaped, *hidden) if hidden else TopK(*shaped)
 
     def logit_chunks(self, tokens_BT: NDArray[Any], starts_BT: NDArray[np.bool_]) -> Any:
         """Yield (first token, logits [≤ CHUNK, V]) over all N tokens; see `LogitEngine`."""
@@ -98,7 +100,7 @@ class TransformersEngine:
         if not self._plain_head:  # the model scales or caps its logits: let it, a row at a time
             for row in range(len(tokens_BT)):
                 position = None if positions_BT is None else positions_BT[row : row + 1]
-                output = self._model(tokens_BT[row : row + 1], position_ids=position, use_cache=False)
+                output = self._forward(self._model, tokens_BT[row : row + 1], position)
                 yield row * tokens_BT.shape[1], output.logits[0, :, : self._options.vocab_size]
             return
         hidden_ND = self._hidden(tokens_BT, positions_BT).flatten(0, 1)
@@ -106,7 +108,17 @@ class TransformersEngine:
             yield start, self._head(hidden_ND[start : start + CHUNK])
 
     def _hidden(self, tokens_BT: Any, positions_BT: Any) -> Any:
-        return self._model.base_model(tokens_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
+        return self._forward(self._model.base_model, tokens_BT, positions_BT).last_hidden_state
+
+    def _forward(self, model: Any, tokens_BT: Any, positions_BT: Any) -> Any:
+        """The model's output; the hidden states that are asked for are put aside, `[B, T, L, D]`."""
+        import torch
+
+        wanted = {"output_hidden_states": True} if self._layers else {}
+        output = model(tokens_BT, position_ids=positions_BT, use_cache=False, **wanted)
+        if self._layers:
+            self._kept.append(torch.stack([output.hidden_states[layer] for layer in self._layers], dim=2))
+        return output
 
     def _head(self, hidden_ND: Any) -> Any:
         import torch

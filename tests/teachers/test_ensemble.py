@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_where_the_chunks_are_cut_changes_nothing(data, tokens, members, seed):
     streams = []
     for one in logits:
         cuts = sorted(data.draw(st.sets(st.integers(1, tokens), max_size=5)) | {0, tokens})
-        streams.append(iter([(a, one[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]))
+        streams.append(iter([(a, one[a:b]) for a, b in pairwise(cuts)]))
     ids = np.random.default_rng(seed).integers(0, 40, (1, tokens)).astype(np.int32)
     found = reduce_chunks(mean_chunks(streams, weights), ids, 5)
     mean = sum(w * one.double().softmax(-1) for w, one in zip(weights, logits, strict=True))
