@@ -31,6 +31,7 @@ from lmdistill.teachers.vllm_options import EndpointOptions, VllmOptions
 if TYPE_CHECKING:
     from lmdistill.corpus.format import CorpusReader
     from lmdistill.signals.format import TeacherInfo
+    from lmdistill.signals.hidden import HiddenLayout
     from lmdistill.signals.shard_work import Executor
     from lmdistill.teachers.engine import EngineOptions
     from lmdistill.teachers.engine_parity import Proof
@@ -74,6 +75,13 @@ class TeachConfig(StageConfig):
         default=None, description="largest |Δ log-prob| of that proof, in nats; null: what the precision explains"
     )
 
+    hidden_layers: Annotated[tuple[int, ...], AddedKey()] = Field(
+        default=(), description="hidden states to keep too: 0 the embeddings, n block n's output, −1 the last, normed"
+    )
+    hidden_dtype: Annotated[Literal["float16", "int8"], AddedKey()] = Field(
+        default="float16", description="how they are kept; int8 has a scale a token and layer, off by 0.4% of its peak"
+    )
+
     @model_validator(mode="after")
     def _a_weight_each(self) -> TeachConfig:
         teachers, weights = 1 + len(self.ensemble), len(self.ensemble_weights)
@@ -102,7 +110,15 @@ class TeachStage(Stage[TeachConfig]):
     def preflight(self, ctx: PreflightContext[TeachConfig]) -> list[LmdistillError]:
         """Engine, variant, K against the vocabulary, token maps, splits, the Ray cluster."""
         errors: list[LmdistillError] = []
-        checks = (_check_engine, _check_variant, _check_tokens, _check_ensemble, _check_splits, _check_ray)
+        checks = (
+            _check_engine,
+            _check_variant,
+            _check_tokens,
+            _check_ensemble,
+            _check_hidden,
+            _check_splits,
+            _check_ray,
+        )
         for check in checks:
             try:
                 check(ctx)
@@ -119,12 +135,15 @@ class TeachStage(Stage[TeachConfig]):
             memory = sum(_weight_bytes(ctx.config, model) for model in teachers) + BASE_MEMORY
             if ctx.config.engine != "transformers" and ctx.config.parity_rows:
                 memory = max(memory, parameters * WIDTHS["float32"] + BASE_MEMORY)  # the reference of the proof
+            memory += _hidden_memory(ctx, ctx.teacher)
             if tokens is not None:
                 from lmdistill.signals import variant as variants
                 from lmdistill.signals.format import Layout
 
-                layout = Layout(1, ctx.config.k, real_vocabulary(token_map(ctx.teacher.path)), ctx.config.variant)
-                disk = tokens * variants.get(layout.variant).bytes_bound(layout)
+                vocabulary = real_vocabulary(token_map(ctx.teacher.path))
+                hidden = _hidden(ctx.config, ctx.teacher)
+                layout = Layout(1, ctx.config.k, vocabulary, ctx.config.variant, hidden=hidden)
+                disk = tokens * (variants.get(layout.variant).bytes_bound(layout) + layout.beside)
                 seconds = tokens * 2 * parameters / CPU_FLOPS
         return Estimate(seconds, disk, memory, note="time on two CPU cores in bfloat16; a GPU takes far less")
 
@@ -146,7 +165,13 @@ class TeachStage(Stage[TeachConfig]):
             folder=ctx.out,
             corpus=corpus,
             splits=ctx.config.splits,
-            layout=Layout(corpus.meta.sequence_length, ctx.config.k, corpus.meta.vocab_size, ctx.config.variant),
+            layout=Layout(
+                corpus.meta.sequence_length,
+                ctx.config.k,
+                corpus.meta.vocab_size,
+                ctx.config.variant,
+                hidden=_hidden(ctx.config, teacher),
+            ),
             teacher=_who_speaks(ctx.config, [teacher, *others]),
             open_engine=partial(
                 open_engine,
@@ -237,6 +262,7 @@ def _proof(ctx: StageContext[TeachConfig], corpus: CorpusReader, teachers: list[
 def _options(ctx: StageContext[TeachConfig], corpus: CorpusReader) -> EngineOptions:
     from lmdistill.teachers.engine import EngineOptions
 
+    hidden = _hidden(ctx.config, ctx.need_teacher())
     return EngineOptions(
         k=ctx.config.k,
         vocab_size=corpus.meta.vocab_size,
@@ -245,6 +271,7 @@ def _options(ctx: StageContext[TeachConfig], corpus: CorpusReader) -> EngineOpti
         threads=ctx.runtime.threads,
         isolate=corpus.meta.packing == "isolate",
         row_tokens=corpus.meta.sequence_length,
+        hidden_layers=hidden.layers if hidden else (),
         vllm=ctx.config.vllm,
         endpoint=ctx.config.endpoint,
     )
@@ -324,6 +351,33 @@ def _check_ensemble(ctx: PreflightContext[TeachConfig]) -> None:
         _precision(ctx.config, other)
     if ctx.teacher is not None:
         check_members(ctx.teacher, others)
+
+
+def _check_hidden(ctx: PreflightContext[TeachConfig]) -> None:
+    """Whether the engine can give the hidden states that are asked for, and the teacher has them."""
+    if ctx.config.hidden_layers and ctx.config.engine in ENGINES:
+        from lmdistill.signals.hidden_plan import check_hidden
+
+        check_hidden(ctx.config.engine, 1 + len(ctx.config.ensemble))
+        if ctx.teacher is not None:
+            _hidden(ctx.config, ctx.teacher)
+
+
+def _hidden(config: TeachConfig, teacher: ModelRef) -> HiddenLayout | None:
+    from lmdistill.signals.hidden_plan import hidden_layout
+
+    return hidden_layout(config.hidden_layers, config.hidden_dtype, teacher.path)
+
+
+def _hidden_memory(ctx: PreflightContext[TeachConfig], teacher: ModelRef) -> int:
+    """Bytes of hidden states held at once; 0 where none are kept, or the rows' length is not known yet."""
+    layout = _hidden(ctx.config, teacher)
+    length = getattr(ctx.one("corpus").config, "sequence_length", None)
+    if layout is None or length is None:
+        return 0
+    from lmdistill.signals.hidden_plan import hidden_memory
+
+    return hidden_memory(layout, teacher.path, ctx.config.batch_rows * int(length))
 
 
 def _members_here(ctx: PreflightContext[TeachConfig]) -> list[ModelRef]:
