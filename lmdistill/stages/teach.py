@@ -24,13 +24,14 @@ from lmdistill.pipeline.stage import (
     StageConfig,
     StageContext,
 )
+from lmdistill.signals.variants import TOOLS
 from lmdistill.teachers.registry import ENGINES, check_engine, create_engine, tools_of
 from lmdistill.teachers.token_maps import check_same_tokens, real_vocabulary, token_map
 from lmdistill.teachers.vllm_options import EndpointOptions, VllmOptions
 
 if TYPE_CHECKING:
     from lmdistill.corpus.format import CorpusReader
-    from lmdistill.signals.format import TeacherInfo
+    from lmdistill.signals.format import Layout, TeacherInfo
     from lmdistill.signals.hidden import HiddenLayout
     from lmdistill.signals.shard_work import Executor
     from lmdistill.teachers.engine import EngineOptions
@@ -50,6 +51,10 @@ class TeachConfig(StageConfig):
     splits: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default=("train",), description="splits of the corpus to score"
     )
+    top_p: Annotated[float | None, Field(gt=0, lt=1), AddedKey()] = Field(
+        default=None, description="keep of each token's k only the fewest that hold this mass; null: always k"
+    )
+    k_min: Annotated[int, Field(ge=1), AddedKey()] = Field(default=1, description="with `top_p`: keep at least so many")
     variant: str = Field(default="mmap", description="how the cache is stored (lmdistill/signals/variants)")
     shard_rows: Annotated[int, Field(ge=1)] = Field(
         default=256, description="corpus rows in a shard: what a killed run loses at most; more for fast devices"
@@ -83,6 +88,12 @@ class TeachConfig(StageConfig):
     )
 
     @model_validator(mode="after")
+    def _floor_below_cap(self) -> TeachConfig:
+        if self.k_min > (self.k if self.top_p is not None else 1):
+            raise ValueError(f"k_min is {self.k_min}: it goes with `top_p`, and is at most k ({self.k})")
+        return self
+
+    @model_validator(mode="after")
     def _a_weight_each(self) -> TeachConfig:
         teachers, weights = 1 + len(self.ensemble), len(self.ensemble_weights)
         if weights not in (0, teachers) or (weights and not self.ensemble):
@@ -104,8 +115,8 @@ class TeachStage(Stage[TeachConfig]):
         return True
 
     def tools_used(self, config: TeachConfig) -> tuple[str, ...]:
-        """Those of the engine."""
-        return tools_of(config.engine)
+        """Those of the engine and of the variant."""
+        return tools_of(config.engine) + TOOLS.get(config.variant, ())
 
     def preflight(self, ctx: PreflightContext[TeachConfig]) -> list[LmdistillError]:
         """Engine, variant, K against the vocabulary, token maps, splits, the Ray cluster."""
@@ -138,11 +149,8 @@ class TeachStage(Stage[TeachConfig]):
             memory += _hidden_memory(ctx, ctx.teacher)
             if tokens is not None:
                 from lmdistill.signals import variant as variants
-                from lmdistill.signals.format import Layout
 
-                vocabulary = real_vocabulary(token_map(ctx.teacher.path))
-                hidden = _hidden(ctx.config, ctx.teacher)
-                layout = Layout(1, ctx.config.k, vocabulary, ctx.config.variant, hidden=hidden)
+                layout = _layout(ctx.config, 1, real_vocabulary(token_map(ctx.teacher.path)), ctx.teacher)
                 disk = tokens * (variants.get(layout.variant).bytes_bound(layout) + layout.beside)
                 seconds = tokens * 2 * parameters / CPU_FLOPS
         return Estimate(seconds, disk, memory, note="time on two CPU cores in bfloat16; a GPU takes far less")
@@ -151,7 +159,6 @@ class TeachStage(Stage[TeachConfig]):
         """Score what is missing; figures of each split."""
         from lmdistill.corpus.format import CorpusReader
         from lmdistill.signals.capture import Capture
-        from lmdistill.signals.format import Layout
         from lmdistill.teachers.ensemble_members import bring_members, check_members
         from lmdistill.teachers.opening import open_engine
 
@@ -165,13 +172,7 @@ class TeachStage(Stage[TeachConfig]):
             folder=ctx.out,
             corpus=corpus,
             splits=ctx.config.splits,
-            layout=Layout(
-                corpus.meta.sequence_length,
-                ctx.config.k,
-                corpus.meta.vocab_size,
-                ctx.config.variant,
-                hidden=_hidden(ctx.config, teacher),
-            ),
+            layout=_layout(ctx.config, corpus.meta.sequence_length, corpus.meta.vocab_size, teacher),
             teacher=_who_speaks(ctx.config, [teacher, *others]),
             open_engine=partial(
                 open_engine,
@@ -211,6 +212,15 @@ class TeachStage(Stage[TeachConfig]):
                 raise IntegrityError(
                     f"no teacher can have said this of split '{split}'", why=f"head mass {mass}, loss {nll} nats"
                 )
+
+
+def _layout(config: TeachConfig, row_tokens: int, vocab_size: int, teacher: ModelRef) -> Layout:
+    """What the configuration makes of rows of `row_tokens` tokens."""
+    from lmdistill.signals.format import Layout
+
+    k_min = config.k_min if config.top_p is not None else None
+    hidden = _hidden(config, teacher)
+    return Layout(row_tokens, config.k, vocab_size, config.variant, top_p=config.top_p, k_min=k_min, hidden=hidden)
 
 
 def _who_speaks(config: TeachConfig, teachers: list[ModelRef]) -> TeacherInfo:

@@ -11,6 +11,7 @@ from teachers_toys import VOCAB, save_tokenizer
 
 from lmdistill.corpus.format import DOC_START, LOSS, CorpusMeta, SplitMeta, tokens_digest
 from lmdistill.errors import IntegrityError, PreflightError
+from lmdistill.pipeline.keys import semantic
 from lmdistill.pipeline.stage import Artefact, Planned, PreflightContext, Runtime, StageConfig, StageContext
 from lmdistill.signals.reader import SignalsReader
 from lmdistill.stages.teach import TeachConfig, TeachStage
@@ -82,7 +83,15 @@ def test_other_token_maps_are_listed(toy, corpus, tmp_path):
 
 def test_keys_are_tight():
     """No K of zero, no other precision, no unknown key."""
-    for wrong in ({"k": 0}, {"precision": "int8"}, {"splits": ()}, {"top_k": 3}):
+    for wrong in (
+        {"k": 0},
+        {"precision": "int8"},
+        {"splits": ()},
+        {"top_k": 3},
+        {"top_p": 1.0},
+        {"k_min": 2},
+        {"top_p": 0.9, "k_min": 33},
+    ):
         with pytest.raises(ValidationError):
             TeachConfig(**wrong)
 
@@ -91,6 +100,24 @@ def test_an_unknown_variant_is_told_before_anything_runs(toy, corpus, tmp_path):
     """With the nearest name and what there is."""
     [error] = STAGE.preflight(before(toy, corpus, tmp_path, variant="mmapp"))
     assert "did you mean 'mmap'" in error.what
+
+
+@pytest.mark.parametrize("variant", ["mmap", "compact"])
+def test_a_varying_number_of_entries_is_captured_in_either_variant(toy, corpus, tmp_path, variant):
+    """The recipe's keys reach the cache: some tokens have k entries, some fewer, none under k_min."""
+    ctx = running(toy, corpus, tmp_path / "out", variant=variant, top_p=0.5, k_min=2)
+    STAGE.verify(ctx, STAGE.run(ctx))
+    counts = np.isfinite(SignalsReader(ctx.out).read(slice(None)).logp_RTK).sum(-1)
+    assert counts.min() == 2
+    assert counts.max() <= 8
+    assert len(set(counts.ravel().tolist())) > 1
+
+
+def test_caches_made_before_these_keys_were_there_are_still_found():
+    """Their defaults are no part of the key; the compact variant adds the coder whose version makes its bytes."""
+    assert not {"top_p", "k_min"} & set(semantic(TeachConfig(), str))
+    assert semantic(TeachConfig(top_p=0.9), str)["top_p"] == 0.9
+    assert STAGE.tools_used(TeachConfig(variant="compact")) == (*STAGE.tools_used(TeachConfig()), "pcodec")
 
 
 def test_run_and_run_again(toy, corpus, tmp_path):

@@ -1,1 +1,3 @@
 """The variants of the teacher cache, one file each; `lmdistill/signals/variant.py` says what a variant is."""
+
+TOOLS: dict[str, tuple[str, ...]] = {"compact": ("pcodec",)}  # distributions whose version changes a variant's bytes
