@@ -1,4 +1,4 @@
-"""Several teachers as one: the mean of their probabilities over one vocabulary (MEAL V2, section 3.1).
+"""Several teachers as one: the mean of their probabilities over one vocabulary (MEAL V2).
 
 Axes: B rows, T tokens in a row, C tokens of one chunk, V vocabulary, M teachers.
 The full distributions are averaged, chunk by chunk, and only then cut to the top K: the tail and `lp_next` are exact.
