@@ -38,27 +38,26 @@ class Capture:
         """Write what is missing and signals.json."""
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_parts(self.folder)
-        jobs = [job for name in self.splits for job in plan_shards(name, len(self._split(name)), self.shard_rows)]
+        jobs = self.jobs()
         records = {job: self._finished(job) for job in jobs}
         missing = [job for job, record in records.items() if record is None]
         kept = len(jobs) - len(missing)
         if kept:
             self.progress.note(f"{kept} of {len(jobs)} shards were finished before and are kept")
         if missing:
-            self.executor.run(self._work, missing, records.__setitem__, self.progress)
+            self.executor.run(self.work, missing, records.__setitem__, self.progress)
             remove_parts(self.folder)  # of workers that were lost
         manifest = self._manifest({job: record for job, record in records.items() if record is not None})
         self._write(manifest)
         return manifest
 
-    def _split(self, name: str) -> CorpusSplit:
-        split = self.corpus.split(name)
-        if not len(split):
-            raise IntegrityError(f"split '{name}' of the corpus is empty", fix=f"drop '{name}' from `splits`")
-        return split
+    def jobs(self) -> list[ShardJob]:
+        """Every shard of the cache, in order."""
+        return [job for name in self.splits for job in plan_shards(name, len(self._split(name)), self.shard_rows)]
 
     @property
-    def _work(self) -> ShardWork:
+    def work(self) -> ShardWork:
+        """What the shards are made from."""
         return ShardWork(
             self.folder,
             self.corpus.folder,
@@ -69,8 +68,14 @@ class Capture:
             self.teacher_files,
         )
 
+    def _split(self, name: str) -> CorpusSplit:
+        split = self.corpus.split(name)
+        if not len(split):
+            raise IntegrityError(f"split '{name}' of the corpus is empty", fix=f"drop '{name}' from `splits`")
+        return split
+
     def _finished(self, job: ShardJob) -> ShardRecord | None:
-        record, problems = finished_shard(self.folder, job, self.layout, self._work.source(self.corpus, job))
+        record, problems = finished_shard(self.folder, job, self.layout, self.work.source(self.corpus, job))
         for problem in problems:
             self.progress.note(f"recomputing shard {job.file}: {problem}")
         return record

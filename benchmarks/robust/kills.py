@@ -1,0 +1,99 @@
+"""kill -9 at random moments of a capture, again and again, then a run to the end: are the bytes what they should be?"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from robust.toy_run import ToyRun, cache_files, fresh_copy, kill_all
+
+PARTIAL = ".partial-teach-*/out"
+START_SECONDS = 600.0  # for a stage to begin: the machine may have other work
+
+
+def kill_many(
+    toy: ToyRun, base: Path, scratch: Path, count: int, seed: int = 0, note: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Kill captures until `count` kills have hit one; one that ends before its kill is checked, and begun anew.
+
+    `base` is a run folder with a finished corpus. A kill hits between the capture's first byte on disk and the
+    pipeline's end, at a moment drawn uniformly over what that takes undisturbed. `different` counts captures whose
+    bytes are not those of the undisturbed run: it must be 0.
+    """
+    chance = random.Random(seed)
+    whole = fresh_copy(base, scratch / "whole")
+    seconds = _undisturbed(toy, whole)
+    expected = cache_files(whole)
+    kills, captures, different, kept = 0, 0, 0, []
+    while kills < count:
+        run_dir = fresh_copy(base, scratch / "killed")
+        finished = False
+        while not finished and kills < count:
+            shards = _kill_one(toy, run_dir, chance.uniform(0, seconds))
+            finished = shards is None
+            if shards is not None:
+                kills += 1
+                kept.append(shards)
+                note(f"kill {kills} of {count}: {shards} shards were finished")
+        if not finished:
+            toy.succeed(run_dir)
+        captures += 1
+        different += cache_files(run_dir) != expected
+        left = list(run_dir.glob(".partial-*"))
+        different += bool(left)
+        note(f"capture {captures}: {len(expected)} files compared, {different} captures differ so far")
+    shutil.rmtree(scratch / "killed")
+    return {
+        "kills": kills,
+        "captures": captures,
+        "different": different,
+        "files": len(expected),
+        "finished_shards_at_kill": sorted(kept),
+        "capture_seconds": round(seconds, 2),
+    }
+
+
+def _undisturbed(toy: ToyRun, run_dir: Path) -> float:
+    """Run to the end; seconds from the capture's first byte."""
+    process = toy.start(run_dir)
+    _wait_for_start(process, run_dir)
+    started = time.monotonic()
+    shown, said = process.communicate()
+    if process.returncode != 0:
+        raise RuntimeError(shown + said)
+    return time.monotonic() - started
+
+
+def _kill_one(toy: ToyRun, run_dir: Path, after: float) -> int | None:
+    """Start and kill so many seconds into the capture; shards that were finished then, None where the stage was."""
+    process = toy.start(run_dir)
+    _wait_for_start(process, run_dir)
+    deadline = time.monotonic() + after
+    while time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    kill_all(process)
+    partial = list(run_dir.glob(PARTIAL))
+    return len(list(partial[0].glob("*-*.json"))) if partial else None
+
+
+def _wait_for_start(process: Any, run_dir: Path) -> None:
+    """Until the first bytes of this process' capture are on disk; what an earlier one left does not count."""
+    begun, deadline = time.time(), time.monotonic() + START_SECONDS
+    while process.poll() is None and not _written_since(run_dir, begun):
+        if time.monotonic() > deadline:
+            kill_all(process)
+            raise RuntimeError("the teach stage never began")
+        time.sleep(0.002)
+
+
+def _written_since(run_dir: Path, begun: float) -> bool:
+    for path in (file for out in run_dir.glob(PARTIAL) for file in out.glob(".*.tmp")):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime > begun:
+                return True
+    return False
