@@ -168,15 +168,16 @@ class Manifest:
             raise _damaged(f"it does not parse: {error!r}") from error
         if version != FORMAT_VERSION or variant not in variants.names():
             raise IntegrityError(
-                f"this teacher cache has format {version}, variant '{variant}'",
+                f"{MANIFEST_FILE} is of format {version}, variant '{variant}'",
                 why=f"this lmdistill reads format {FORMAT_VERSION}, variants {', '.join(variants.names())}",
                 fix="use the lmdistill that wrote it, or run the teach stage again",
             )
         try:
             manifest = cls._from_fields(fields)
+            spelling = manifest.to_json()  # ValueError for a number that only a damaged exponent makes infinite
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(f"a field is missing or unknown: {error!r}") from error
-        if manifest.to_json() != text:
+        if spelling != text:
             raise _damaged("its digest does not fit its contents")
         return manifest
 
