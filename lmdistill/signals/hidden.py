@@ -79,5 +79,6 @@ def int8_scales(hidden_RTLD: F32) -> NDArray[np.float16]:
 
 def int8_error_bound(largest: NDArray[Any]) -> F32:
     """The most that a value can be off in int8, from the largest magnitude among its token's D values."""
-    bound: F32 = (largest / LEVELS * (1 + 2.0**-10) + 2.0**-24).astype(np.float32) / 2
-    return bound * np.float32(1 + 1e-4)  # float32's own rounding in x / s
+    scale = largest / LEVELS * (1 + 2.0**-10) + 2.0**-24
+    bound: F32 = (scale / 2 * (1 + 1e-4)).astype(np.float32)  # the last factor: float32's own rounding in x / s
+    return bound

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,10 +92,13 @@ class EnsembleEngine:
 
     def score(self, tokens_BT: NDArray[Any], starts_BT: NDArray[np.bool_]) -> TopK:
         """Top-K of the mean distribution at every position."""
+        return reduce_chunks(self.logit_chunks(tokens_BT, starts_BT), tokens_BT, self._k)
+
+    def logit_chunks(self, tokens_BT: NDArray[Any], starts_BT: NDArray[np.bool_]) -> Chunks:
+        """The mean distribution's log-probs, which are logits of it; see `LogitEngine`."""
         streams = [member.logit_chunks(tokens_BT, starts_BT) for member in self._members]
-        return reduce_chunks(mean_chunks(streams, self._weights), tokens_BT, self._k)
+        return mean_chunks(streams, self._weights)
 
 
 def _logit_engine(name: str) -> LogitEngine:
-    made: Any = create_engine(name)  # `logits` in the registry says that it is one
-    return made
+    return cast(LogitEngine, create_engine(name))  # `logits` in the registry says that it is one

@@ -35,7 +35,9 @@ class TransformersEngine:
         logging.disable_progress_bar()
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        self._options, self._layers, self._kept = options, (), list[Any]()
+        self._options = options
+        self._layers: tuple[int, ...] = ()  # hidden states to keep; none while the model is probed
+        self._kept: list[Any] = []
         self._model = load_model(teacher.path, options.precision, options.device)
         head = self._model.get_output_embeddings()
         if head.weight.shape[0] < options.vocab_size:
@@ -78,7 +80,7 @@ class TransformersEngine:
                 for start, logits_NV in self.logits(tokens, positions)
             ]
             columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-            kept = [torch.cat(self._kept).float()] if self._layers else []
+            kept: list[Any] = [torch.cat(self._kept).float()] if self._layers else []
             ids, logp, tail, lp_next, *hidden = self._to_host([*columns, *kept])
         lp_next_BT = lp_next.reshape(rows, length)
         lp_next_BT[:, -1] = np.nan
@@ -114,7 +116,7 @@ class TransformersEngine:
         """The model's output; the hidden states that are asked for are put aside, `[B, T, L, D]`."""
         import torch
 
-        wanted = {"output_hidden_states": True} if self._layers else {}
+        wanted: dict[str, Any] = {"output_hidden_states": True} if self._layers else {}
         output = model(tokens_BT, position_ids=positions_BT, use_cache=False, **wanted)
         if self._layers:
             self._kept.append(torch.stack([output.hidden_states[layer] for layer in self._layers], dim=2))
