@@ -30,12 +30,21 @@ class Misaligned:
     checked: int
 
 
+@dataclass(frozen=True)
+class Proof:
+    """What is known of how rows were coded."""
+
+    companding: Companding
+    k: int  # entries of a token when its code was made: fewer may be left
+    open_next: bool = False  # `lp_next` may be NaN anywhere: nothing is checked there
+
+
 def check_alignment(
     same_RTK: NDArray[np.bool_],
     gaps_RTK: NDArray[np.uint8],
     logp_RTK: NDArray[np.float32],
     lp_next_RT: NDArray[np.float32],
-    companding: Companding,
+    proof: Proof,
     last_RT: NDArray[np.int64] | None = None,
 ) -> Misaligned | None:
     """Check one batch of contiguous arrays; None where all is well.
@@ -44,7 +53,9 @@ def check_alignment(
     last entry where that is not the K-th for all.
     """
     rows, length, k = same_RTK.shape
-    missing_RT = np.isnan(lp_next_RT)
+    companding, missing_RT = proof.companding, np.isnan(lp_next_RT)
+    if proof.open_next:
+        missing_RT[:, :-1] = False
     if np.count_nonzero(missing_RT) != rows or not missing_RT[:, -1].all():
         bad_RT = missing_RT != (np.arange(length) == length - 1)
         return _first(bad_RT, lp_next_RT, np.full_like(lp_next_RT, np.nan))
@@ -59,8 +70,8 @@ def check_alignment(
         code_RT.reshape(-1)[token] = np.where(entry > 0, coded, 0)
     below_RT.reshape(-1)[token] = code_RT.reshape(-1)[token] == CODES - 1
     bound_RT = companding.half_step_C[code_RT] + half_step_f16(logp_RTK[..., 0]) + half_step_f16(lp_next_RT)
-    bound_RT += np.float32(renormalisation_bound(companding, k) + FLOAT32_SLACK)
-    excess_RT = lp_next_RT - decoded_RT  # NaN at the last position: compares as no failure
+    bound_RT += np.float32(renormalisation_bound(companding, proof.k) + FLOAT32_SLACK)
+    excess_RT = lp_next_RT - decoded_RT  # NaN compares as no failure
     bad_RT = excess_RT > bound_RT
     bad_RT |= (excess_RT < -bound_RT) & ~below_RT
     return _first(bad_RT, lp_next_RT, decoded_RT) if bad_RT.any() else None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lmdistill.signals.alignment import Misaligned, check_alignment
+from lmdistill.signals.alignment import Misaligned, Proof, check_alignment
 from lmdistill.signals.batch import SignalsBatch
 from lmdistill.signals.format import Layout
 from lmdistill.teachers.engine import TopK
@@ -94,4 +94,5 @@ def decode_rows(layout: Layout, raw_R: NDArray[Any], batch: SignalsBatch) -> Mis
         batch.logp_RTK[~kept_RTK] = -np.inf
         same_RTK &= kept_RTK
         kept_RT = raw_R["kept"].astype(np.int64)
-    return check_alignment(same_RTK, gaps_RTK, batch.logp_RTK, batch.lp_next_RT, layout.companding, kept_RT)
+    proof = Proof(layout.companding, layout.cut_from or layout.k, layout.open_next is True)
+    return check_alignment(same_RTK, gaps_RTK, batch.logp_RTK, batch.lp_next_RT, proof, kept_RT)

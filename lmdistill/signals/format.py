@@ -80,6 +80,8 @@ class Layout:
     companding: Companding = field(default_factory=Companding)
     top_p: float | None = None  # keep as few entries as hold this mass, at least k_min, at most k; None: always k
     k_min: int | None = None
+    cut_from: int | None = None  # the K at which rows were coded, where entries have been dropped since
+    open_next: bool | None = None  # True: `lp_next` may be NaN anywhere, as the source did not tell it
     hidden: HiddenLayout | None = None  # hidden states beside the shards
 
     @property
@@ -134,20 +136,37 @@ class SplitEntry:
 
 
 @dataclass(frozen=True)
+class ImportInfo:
+    """Another program's data that became a cache, and what they did not tell."""
+
+    format: str
+    source: str
+    source_digest: str
+    tail_floor: float  # the least that is left to the rest of the vocabulary: its mass is 1 − Σ of the entries'
+    alignment: str  # next: a source's row predicts the token after it; same: the token it stands at
+    temperature: float  # that was undone
+    renormalised: bool  # the entries were scaled to hold all but the floor
+    next_unknown: int  # targets that are not among the entries, so that nothing proves their alignment
+
+
+@dataclass(frozen=True)
 class Manifest:
     """signals.json: everything a reader needs to refuse what does not belong to it."""
 
     layout: Layout
-    shard_rows: int
+    shard_rows: int  # of every shard but a split's last; 0: they differ
     packing: str
     tokenizer_digest: str
     chat_template_digest: str | None
     teacher: TeacherInfo
     splits: dict[str, SplitEntry]
+    imported: tuple[ImportInfo, ...] = ()  # where the predictions came from, if not from an engine of ours
 
     def to_json(self) -> str:
         """The text of signals.json; its `digest` covers all the rest."""
         body = {"format": FORMAT_VERSION, **asdict(self), "layout": self.layout.fields, "teacher": self.teacher.fields}
+        if not self.imported:  # older caches keep their spelling
+            del body["imported"]
         return canonical_json({**body, "digest": sha256_of(canonical_json(body).encode())})
 
     @property
@@ -191,6 +210,7 @@ class Manifest:
         fields["layout"] = Layout(**fields["layout"])
         members = tuple(MemberInfo(**member) for member in fields["teacher"].pop("members", ()))
         fields["teacher"] = TeacherInfo(**fields["teacher"], members=members)
+        fields["imported"] = tuple(ImportInfo(**source) for source in fields.get("imported", ()))
         for split in fields["splits"].values():
             split["shards"] = tuple(ShardEntry(**shard) for shard in split["shards"])
         fields["splits"] = {name: SplitEntry(**split) for name, split in fields["splits"].items()}

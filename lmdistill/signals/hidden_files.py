@@ -48,7 +48,11 @@ class HiddenWriter:
         wanted = (*exact.lp_next_BT.shape, len(self._layout.layers), self._layout.width)
         if not isinstance(exact, TopKWithHidden) or exact.hidden_BTLD.shape != wanted:
             raise StageError(f"the teacher engine gave no hidden states of shape {wanted}")
-        data = self._layout.encode(exact.hidden_BTLD).tobytes()
+        self.append_coded(self._layout.encode(exact.hidden_BTLD))
+
+    def append_coded(self, raw_R: NDArray[Any]) -> None:
+        """Write rows that are encoded already."""
+        data = raw_R.tobytes()
         if self._file is None:
             self._file = self._part.open("wb")
         self._file.write(data)

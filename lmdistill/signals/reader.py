@@ -5,6 +5,7 @@ Axes: R rows of a batch, T tokens in a row, K entries of a token.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class SignalsReader:
             )
         self.split, self.verify = split, verify
         self._shards = self.manifest.splits[split].shards
+        self._firsts = [shard.first_row for shard in self._shards]
         self._variant = variants.get(self.manifest.layout.variant)
         self._open: dict[int, variants.StoredRows] = {}
         self._hidden: HiddenReader | None = None
@@ -133,7 +135,7 @@ class SignalsReader:
         return raw.view(dtype)[:, 0]
 
     def _shard_of(self, row: int) -> int:
-        return row // self.manifest.shard_rows
+        return bisect_right(self._firsts, row) - 1
 
     def _shard(self, index: int) -> variants.StoredRows:
         """A shard's rows; its bytes are checked when it is first asked for."""

@@ -132,8 +132,13 @@ class ShardWriter:
         self.statistics.add(tokens_RT, flags_RT, exact, decoded.logp_RTK, decoded.tail_RT)
         self.append_coded(raw_R)
 
-    def append_coded(self, raw_R: NDArray[Any]) -> None:
-        """Write rows that are coded already; their statistics are the caller's."""
+    def append_coded(self, raw_R: NDArray[Any], hidden_R: NDArray[Any] | None = None) -> None:
+        """Write rows that are coded already, and their hidden states; their statistics are the caller's."""
+        try:
+            if hidden_R is not None and self._hidden is not None:
+                self._hidden.append_coded(hidden_R)
+        except OSError as error:
+            raise self._disk_error(error) from error
         self._write(self._packer.add(raw_R))
         self._rows += len(raw_R)
 
