@@ -34,7 +34,7 @@ def prove(variant: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     found: dict[str, Any] = {}
     if "flips" in arguments.parts:
         toy = toy_run.make(folder / "flips", variant, FLIPPED_ROWS, FLIPPED_SHARD_ROWS)
-        toy.succeed(folder / "flipped")
+        toy.succeed(folder / "flipped", "--set", "stages.teach.hidden_layers=[-1]")  # so that it has every kind of file
         (cache,) = (folder / "flipped").glob("*-teach-*/out")
         found["flips"] = flips.flip_many(cache, arguments.flips, arguments.seed)
     if {"kills", "disk"} & set(arguments.parts):

@@ -109,7 +109,10 @@ def _readable(cache: Path, splits: Iterable[str]) -> bool:
         for split in splits:
             reader = SignalsReader(cache, split)
             for start in range(0, reader.rows, 64):
-                reader.read(range(start, min(start + 64, reader.rows)))
+                rows = range(start, min(start + 64, reader.rows))
+                reader.read(rows)
+                if reader.manifest.layout.hidden is not None:
+                    reader.hidden(rows)
     except IntegrityError:
         return False
     return True

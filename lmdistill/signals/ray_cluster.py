@@ -21,7 +21,8 @@ from typing import Any
 from lmdistill.errors import LmdistillError, PreflightError, StageError
 
 OBJECT_STORE_BYTES = 80_000_000  # the least Ray takes: records of shards are all that travels
-LONGEST_FOLDER = 40  # characters: names of Unix sockets hold 107, and Ray adds up to 66
+PREFIX = "r-"  # of the folders of clusters that are started
+LONGEST_FOLDER = 43  # characters: names of Unix sockets hold 107, and Ray adds up to 64
 CONNECT_SECONDS = 5.0
 QUIET = {"log_to_driver": False, "logging_level": logging.ERROR}
 STARTS = 3  # of a cluster: Ray waits 30 s for its own processes, which a busy machine may exceed
@@ -71,20 +72,17 @@ def connected(address: str, least_cpus: int) -> Iterator[Any]:
     if ray.is_initialized():  # by the program that uses this as a library: its cluster is not ours to stop
         yield ray
         return
-    folder = _init(ray, address, least_cpus)
-    try:
+    with contextlib.ExitStack() as stack:
+        _init(ray, address, least_cpus, stack)
+        stack.callback(ray.shutdown)  # before the folder goes
         yield ray
-    finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)  # a log may still be written there
 
 
-def _init(ray: Any, address: str, least_cpus: int) -> Path | None:
-    """Join or start; the folder of a cluster that was started."""
+def _init(ray: Any, address: str, least_cpus: int, stack: contextlib.ExitStack) -> None:
+    """Join, or start in a folder that `stack` removes."""
     try:
         ray.init(address=address, **QUIET)
-        return None
+        return
     except ConnectionError as error:
         if address != "auto":
             raise _no_cluster(address, str(error)) from error
@@ -92,12 +90,11 @@ def _init(ray: Any, address: str, least_cpus: int) -> Path | None:
         raise _no_cluster(address, _first_line(error)) from error
     for _ in range(STARTS - 1):
         with contextlib.suppress(StageError):
-            return _start(ray, least_cpus)
-    return _start(ray, least_cpus)
+            return _start(ray, least_cpus, stack.enter_context(_folder()))
+    _start(ray, least_cpus, stack.enter_context(_folder()))
 
 
-def _start(ray: Any, least_cpus: int) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="r", dir=_short_folder()))
+def _start(ray: Any, least_cpus: int, folder: Path) -> None:
     try:
         ray.init(
             address="local",
@@ -109,10 +106,25 @@ def _start(ray: Any, least_cpus: int) -> Path:
         )
     except Exception as error:  # Ray raises a bare Exception where a busy machine keeps it waiting
         ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
         fix = "run without runtime.ray, or start a cluster with `ray start --head`"
         raise StageError("no Ray cluster could be started here", why=_first_line(error), fix=fix) from error
-    return folder
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder for a cluster, removed with what is in it; those of drivers that were killed are removed first."""
+    from filelock import FileLock, Timeout
+
+    parent = _short_folder()
+    for old in parent.glob(f"{PREFIX}*/lock"):
+        with contextlib.suppress(Timeout), FileLock(old, timeout=0):
+            shutil.rmtree(old.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    try:
+        with FileLock(folder / "lock"):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # a log may still be written there
 
 
 def _first_line(error: Exception) -> str:
@@ -124,7 +136,8 @@ def _short_folder() -> Path:
     from lmdistill.assets.cache import cache_dir, make_folder
 
     cache = cache_dir()
-    return make_folder(cache) if len(str(cache)) + len("/r12345678") <= LONGEST_FOLDER else Path(tempfile.gettempdir())
+    fits = len(f"{cache}/{PREFIX}12345678") <= LONGEST_FOLDER
+    return make_folder(cache) if fits else Path(tempfile.gettempdir())
 
 
 def size_crew(nodes: list[dict[str, Any]], device: str, threads: int | None, workers: int | None) -> Crew:
