@@ -8,14 +8,14 @@ The temperature acts on the conditional inside S only, never on the mass. At τ=
 the KL of the two (K+1)-bin distributions, hence at most the full KL, with equality at K=V.
 Gradient: for v∉S `−(Q−P)·q_v/(1−Q)`; for v∈S `(Q−P)·q_v/Q + (P/τ)(q̃_v − p̃_v)`.
 
-Axes: N positions, K cached entries.
+Axes: N positions, K cached entries (where their number varies, absent ones have log-prob −inf).
 """
 
 from __future__ import annotations
 
 import torch
 
-from lmdistill.losses.registry import LossOptions, LossTerms, StudentSoftmax, Targets, loss
+from lmdistill.losses.registry import LossOptions, LossTerms, StudentSoftmax, Targets, absent_as_first, loss
 
 
 def _log_mass(log_head_N: torch.Tensor, log_rest_N: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,7 @@ def _masses(student: StudentSoftmax, targets: Targets) -> tuple[torch.Tensor, ..
     return log_p_N, targets.tail_N, log_q_N, log_rest_q_N
 
 
-@loss("decoupled_topk")
+@loss("decoupled_topk", signals="top_k")
 def decoupled_topk(student: StudentSoftmax, targets: Targets, options: LossOptions) -> LossTerms:
     """The mass term at temperature 1 plus the tempered conditional term (LFM2 §3, our closed form)."""
     tau = options.temperature
@@ -46,7 +46,8 @@ def decoupled_topk(student: StudentSoftmax, targets: Targets, options: LossOptio
     log_qt_NK = torch.log_softmax(student.logits_NK / tau, -1)
     pt_NK, qt_NK = log_pt_NK.exp(), log_qt_NK.exp()
     scale_N = (p_N if options.mass_weighted else torch.ones_like(p_N)) * (tau**2 if options.hinton_scaled else 1.0)
-    conditional_N = scale_N * (pt_NK * (log_pt_NK - log_qt_NK)).sum(-1)
+    apart_NK = (log_pt_NK - log_qt_NK).masked_fill(targets.absent_NK, 0.0)  # −inf − −inf counts nothing
+    conditional_N = scale_N * (pt_NK * apart_NK).sum(-1)
 
     # Q − P = (1−P) − (1−Q): the rests are the small numbers where the masses are near one.
     excess_N = torch.where(p_N > 0.5, rest_p_N - rest_q_N, q_N - p_N)
@@ -54,4 +55,4 @@ def decoupled_topk(student: StudentSoftmax, targets: Targets, options: LossOptio
     outside_N = torch.where(log_rest_q_N > -torch.inf, -excess_N / rest_q_N.clamp_min(tiny), 0.0)
     share_NK = torch.softmax(student.logits_NK, -1)  # q_v/Q
     inside_NK = excess_N[:, None] * share_NK + (scale_N / tau)[:, None] * (qt_NK - pt_NK)
-    return LossTerms(mass_N + conditional_N, outside_N, targets.ids_NK, inside_NK)
+    return LossTerms(mass_N + conditional_N, outside_N, targets.ids_NK, absent_as_first(inside_NK, targets))

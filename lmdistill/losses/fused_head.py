@@ -37,9 +37,10 @@ def _softmax(logits_CV: torch.Tensor, targets: Targets) -> tuple[StudentSoftmax,
     """The student's softmax of a chunk, `exp(z − max)` `[C, V]` in the logits' memory, and the maxima `[C]`.
 
     The mass outside the teacher's top K is summed by itself with those K set to zero: it is exact where it
-    is small, which `1 − Q` would not be.
+    is small, which `1 − Q` would not be. Absent entries repeat an id and count as nothing.
     """
-    logits_CK = logits_CV.gather(1, targets.ids_NK)
+    absent_CK = targets.absent_NK
+    logits_CK = logits_CV.gather(1, targets.ids_NK).masked_fill(absent_CK, -torch.inf)
     next_C = logits_CV.gather(1, targets.next_N[:, None])[:, 0]
     max_C1 = logits_CV.amax(-1, keepdim=True)
     exp_CV = logits_CV.sub_(max_C1).exp_()
@@ -47,7 +48,7 @@ def _softmax(logits_CV: torch.Tensor, targets: Targets) -> tuple[StudentSoftmax,
     exp_CV.scatter_(1, targets.ids_NK, 0.0)
     rest_C = exp_CV.sum(-1)
     exp_CV.scatter_(1, targets.ids_NK, top_CK)
-    lse_C = max_C1[:, 0] + (rest_C + top_CK.sum(-1)).log()
+    lse_C = max_C1[:, 0] + (rest_C + top_CK.masked_fill(absent_CK, 0.0).sum(-1)).log()
     return StudentSoftmax(logits_CK, next_C, lse_C, max_C1[:, 0] + rest_C.log()), exp_CV, max_C1[:, 0]
 
 
@@ -87,7 +88,7 @@ class _FusedHead(torch.autograd.Function):  # type: ignore[misc]
         for start in range(0, hidden_ND.shape[0], chunk):
             rows = slice(start, start + chunk)
             hidden_CD = hidden_ND[rows]
-            part = Targets(targets.next_N[rows], targets.ids_NK[rows], targets.logp_NK[rows], targets.tail_N[rows])
+            part = targets.rows(rows)
             logits_CV = (hidden_CD @ weight_VD.T).float()
             student, exp_CV, max_C = _softmax(logits_CV, part)
             kd = mix.kd(student, part, mix.options)
