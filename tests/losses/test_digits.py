@@ -9,6 +9,7 @@ Axes: N positions, V vocabulary, K cached entries, D hidden width.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -56,6 +57,15 @@ PINNED = {
         "0x1.a4fc884a8694ep+6",
     ],
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads share a matrix product out among them, which moves its last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _integers(shape: tuple[int, ...], seed: int, spread: float) -> torch.Tensor:
