@@ -179,11 +179,11 @@ class Shift:
             worker = asked[question]
             worker.question = None
             try:
-                tokens = self._ray.get(question)
+                job, tokens = self._ray.get(question)
             except self._ray.exceptions.RayError:
                 continue  # it is gone: what is awaited of it will say so
             self._heard = time.monotonic()
-            worker.tokens = tokens if worker.job else 0
+            worker.tokens = tokens if job == worker.job else 0  # the answer may be of the shard before
         working = [worker for worker in self._busy.values() if worker.job is not None]
         if working:
             self._meter.set(self._tokens + sum(worker.tokens for worker in working), workers=len(working))

@@ -34,7 +34,8 @@ class ShardWorker:
     def __init__(self, work: ShardWork, environment: Mapping[str, str]) -> None:
         """Take the environment of the driver's own stage process."""
         os.environ.update(environment)
-        self.work, self.tokens_done = work, 0
+        self.work, self._tokens = work, 0
+        self._job: ShardJob | None = None
         self._engine: TeacherEngine | None = None
         self._corpus: CorpusReader | None = None
 
@@ -46,9 +47,9 @@ class ShardWorker:
         """Write one shard; answers with its record. `source` is what the driver holds it to be made from."""
         return _answer(lambda: {"record": self._score(job, source)})
 
-    def tokens(self) -> int:
-        """Tokens of the current shard that are scored."""
-        return self.tokens_done
+    def tokens(self) -> tuple[ShardJob | None, int]:
+        """The current shard, and how many of its tokens are scored."""
+        return self._job, self._tokens
 
     def _open(self, expected: Answer) -> Answer:
         same_files(self.work, expected)
@@ -62,7 +63,7 @@ class ShardWorker:
         assert self._corpus is not None and self._engine is not None  # the driver gives work to open workers only
         if self.work.source(self._corpus, job) != source:
             raise _differs("the corpus", f"rows {job.first_row}–{job.first_row + job.rows - 1} of '{job.split}'")
-        self.tokens_done = 0
+        self._job, self._tokens = job, 0
         records: list[ShardRecord] = []
         writer_id = f"-{socket.gethostname()}-{os.getpid()}"
         with BackgroundWriter() as background:
@@ -78,7 +79,7 @@ class ShardWorker:
         return records[0]
 
     def _count(self, tokens: int) -> None:
-        self.tokens_done += tokens
+        self._tokens += tokens
 
 
 def _answer(call: Callable[[], Answer]) -> Answer:
