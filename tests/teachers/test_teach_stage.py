@@ -7,9 +7,8 @@ import shutil
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from teachers_toys import VOCAB, save_tokenizer
+from teachers_toys import VOCAB, save_corpus, save_tokenizer
 
-from lmdistill.corpus.format import DOC_START, LOSS, CorpusMeta, SplitMeta, tokens_digest
 from lmdistill.errors import IntegrityError, PreflightError
 from lmdistill.pipeline.keys import semantic
 from lmdistill.pipeline.stage import Artefact, Planned, PreflightContext, Runtime, StageConfig, StageContext
@@ -23,18 +22,9 @@ STAGE = TeachStage()
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A corpus artefact of the toy tokenizer's tokens."""
-    out = tmp_path_factory.mktemp("corpus") / "out"
-    save_tokenizer(out / "tokenizer")
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH)).astype("<u2")
-    flags = np.full((ROWS, LENGTH), LOSS, np.uint8)
-    flags[:, 0], flags[:, -1] = LOSS | DOC_START, 0
-    for kind, array in {"tokens": tokens, "flags": flags, "bytes": np.full(ROWS, LENGTH - 1, "u4")}.items():
-        np.save(out / f"train.{kind}.npy", array)
-    targets = ROWS * (LENGTH - 1)
-    split = SplitMeta(ROWS, ROWS, ROWS * LENGTH, targets, targets, tokens_digest(tokens, flags))
-    meta = CorpusMeta(LENGTH, "concat", VOCAB, "t" * 64, None, None, 0, {"train": split})
-    (out / "corpus.json").write_text(meta.to_json())
-    return Artefact("corpus", "corpus", "corpus", "f" * 64, out.parent)
+    folder = tmp_path_factory.mktemp("corpus")
+    save_tokenizer(folder / "out/tokenizer")
+    return save_corpus(folder, np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH)))
 
 
 def before(teacher, artefact, tmp_path, **config):
