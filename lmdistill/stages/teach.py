@@ -105,7 +105,7 @@ class TeachStage(Stage[TeachConfig]):
     """corpus → signals."""
 
     name = "teach"
-    version = 1
+    version = 2
     Config = TeachConfig
     inputs = (Input("corpus", ("corpus",)),)
     output = "signals"

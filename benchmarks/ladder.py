@@ -1,0 +1,66 @@
+"""A run's report as the tables of README.md: python benchmarks/ladder.py runs/lfm_small
+
+Prints Markdown: the ladder, the gates, seconds of each stage, and the machine and date they belong to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("", "NLL", "bits/byte", "KL to teacher", "KL to parent", "prefill tok/s", "decode tok/s", "peak MB", "MB")
+
+
+def number(value: float | None, spec: str, scale: float = 1.0) -> str:
+    """`value` by a format, nothing where it was not measured."""
+    return "" if value is None else format(value * scale, spec)
+
+
+def ladder_row(row: dict[str, Any]) -> list[str]:
+    """The cells of one subject."""
+    kl_to_parent = row["kl_to_parent"]
+    return [
+        row["name"],
+        number(row["nll"], ".3f"),
+        number(row["bits_per_byte"], ".3f"),
+        number(row["kl_to_teacher"], ".3f"),
+        number(kl_to_parent, ".1e" if kl_to_parent is not None and kl_to_parent < 1e-3 else ".3f"),
+        number(row["prefill_tps"], ",.0f"),
+        number(row["decode_tps"], ",.0f"),
+        number(row["peak_rss_bytes"], ",.0f", 1e-6),
+        number(row["file_bytes"], ",.0f", 1e-6),
+    ]
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def gate_row(gate: dict[str, Any]) -> list[str]:
+    """A promise, its limit, what was measured, whether it held."""
+    return [gate["gate"], f"{gate['limit']:.4g}", f"{gate['measured']:.4g}", "yes" if gate["passed"] else "no"]
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the run folder")
+    report = json.loads((parser.parse_args().run / "report.json").read_text())
+    machine = report["hardware"]
+    memory = machine["memory_bytes"] / 1e9
+    print(f"{machine['processor']}, {machine['threads']} threads, {memory:.0f} GB, {report['date'][:10]}.\n")
+    print(table(COLUMNS, map(ladder_row, report["ladder"])), "\n")
+    print(table(("gate", "limit", "measured", "holds"), map(gate_row, report["gates"])), "\n")
+    seconds = {stage["name"]: stage["seconds"] for stage in report["stages"]}
+    print(table(("stage", "seconds"), [(name, f"{spent:.0f}") for name, spent in seconds.items()]))
+    print(f"\n{sum(seconds.values()) / 60:.1f} minutes in all.")
+
+
+if __name__ == "__main__":
+    main()
