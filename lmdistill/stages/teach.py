@@ -31,14 +31,11 @@ from lmdistill.teachers.vllm_options import EndpointOptions, VllmOptions
 
 if TYPE_CHECKING:
     from lmdistill.corpus.format import CorpusReader
-    from lmdistill.signals.format import Layout, TeacherInfo
-    from lmdistill.signals.hidden import HiddenLayout
+    from lmdistill.signals.format import Layout
     from lmdistill.signals.shard_work import Executor
     from lmdistill.teachers.engine import EngineOptions
     from lmdistill.teachers.engine_parity import Proof
 
-WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes a parameter
-BASE_MEMORY = 1_000_000_000  # torch, one batch of hidden states, a chunk of logits, what waits for the disk
 CPU_FLOPS = 2e11  # of two cores with AVX512-BF16, measured: 860 tokens a second of a 135 M teacher
 
 
@@ -119,14 +116,16 @@ class TeachStage(Stage[TeachConfig]):
         return tools_of(config.engine) + TOOLS.get(config.variant, ())
 
     def preflight(self, ctx: PreflightContext[TeachConfig]) -> list[LmdistillError]:
-        """Engine, variant, K against the vocabulary, token maps, splits, the Ray cluster."""
+        """Engine, variant, K against the vocabulary, token maps, teachers, hidden states, splits, the Ray cluster."""
+        from lmdistill.teachers.planned import check_planned_ensemble, check_planned_hidden
+
         errors: list[LmdistillError] = []
         checks = (
             _check_engine,
             _check_variant,
             _check_tokens,
-            _check_ensemble,
-            _check_hidden,
+            check_planned_ensemble,
+            check_planned_hidden,
             _check_splits,
             _check_ray,
         )
@@ -141,12 +140,9 @@ class TeachStage(Stage[TeachConfig]):
         """Disk from the corpus' rows, memory and time from the teacher's parameters."""
         tokens, disk, memory, seconds = _tokens(ctx), None, None, None
         if ctx.teacher is not None:
-            teachers = [ctx.teacher, *_members_here(ctx)]
-            parameters = sum(_parameters(model.path) for model in teachers)
-            memory = sum(_weight_bytes(ctx.config, model) for model in teachers) + BASE_MEMORY
-            if ctx.config.engine != "transformers" and ctx.config.parity_rows:
-                memory = max(memory, parameters * WIDTHS["float32"] + BASE_MEMORY)  # the reference of the proof
-            memory += _hidden_memory(ctx, ctx.teacher)
+            from lmdistill.teachers.planned import planned_load
+
+            parameters, memory = planned_load(ctx, ctx.teacher)
             if tokens is not None:
                 from lmdistill.signals import variant as variants
 
@@ -161,6 +157,7 @@ class TeachStage(Stage[TeachConfig]):
         from lmdistill.signals.capture import Capture
         from lmdistill.teachers.ensemble_members import bring_members, check_members
         from lmdistill.teachers.opening import open_engine
+        from lmdistill.teachers.planned import who_speaks
 
         corpus, teacher = CorpusReader(ctx.one("corpus").out), ctx.need_teacher()
         corpus.verify()
@@ -173,7 +170,7 @@ class TeachStage(Stage[TeachConfig]):
             corpus=corpus,
             splits=ctx.config.splits,
             layout=_layout(ctx.config, corpus.meta.sequence_length, corpus.meta.vocab_size, teacher),
-            teacher=_who_speaks(ctx.config, [teacher, *others]),
+            teacher=who_speaks(ctx.config, [teacher, *others], _version(ctx.config)),
             open_engine=partial(
                 open_engine,
                 ctx.config.engine,
@@ -217,23 +214,11 @@ class TeachStage(Stage[TeachConfig]):
 def _layout(config: TeachConfig, row_tokens: int, vocab_size: int, teacher: ModelRef) -> Layout:
     """What the configuration makes of rows of `row_tokens` tokens."""
     from lmdistill.signals.format import Layout
+    from lmdistill.teachers.planned import hidden_of
 
     k_min = config.k_min if config.top_p is not None else None
-    hidden = _hidden(config, teacher)
+    hidden = hidden_of(config, teacher)
     return Layout(row_tokens, config.k, vocab_size, config.variant, top_p=config.top_p, k_min=k_min, hidden=hidden)
-
-
-def _who_speaks(config: TeachConfig, teachers: list[ModelRef]) -> TeacherInfo:
-    from lmdistill.signals.format import TeacherInfo
-    from lmdistill.teachers.ensemble_members import ensemble_info
-
-    version = _version(config)
-    if len(teachers) > 1:
-        return ensemble_info(
-            teachers, config.ensemble_weights, lambda model: _precision(config, model), config.engine, version
-        )
-    [teacher] = teachers
-    return TeacherInfo(teacher.source, teacher.digest, _precision(config, teacher), config.engine, version)
 
 
 def _version(config: TeachConfig) -> str:
@@ -271,8 +256,9 @@ def _proof(ctx: StageContext[TeachConfig], corpus: CorpusReader, teachers: list[
 
 def _options(ctx: StageContext[TeachConfig], corpus: CorpusReader) -> EngineOptions:
     from lmdistill.teachers.engine import EngineOptions
+    from lmdistill.teachers.planned import hidden_of
 
-    hidden = _hidden(ctx.config, ctx.need_teacher())
+    hidden = hidden_of(ctx.config, ctx.need_teacher())
     return EngineOptions(
         k=ctx.config.k,
         vocab_size=corpus.meta.vocab_size,
@@ -311,22 +297,9 @@ def _check_engine(ctx: PreflightContext[TeachConfig]) -> None:
 
         check_server(ctx.config.endpoint)
     if ctx.teacher is not None:
-        _precision(ctx.config, ctx.teacher)
+        from lmdistill.teachers.planned import precision_of
 
-
-def _precision(config: TeachConfig, teacher: ModelRef) -> str:
-    """The precision that the manifest names; PreflightError where the engine cannot have the one that is asked."""
-    if not ENGINES[config.engine].gguf:
-        return config.precision
-    from lmdistill.teachers.llama_cpp_engine import need_gguf, weight_type
-
-    if config.precision != "float32":
-        raise PreflightError(
-            f"engine '{config.engine}' cannot score in {config.precision}",
-            why="the weights are as precise as the GGUF file, the rest is float32",
-            fix="drop `precision`; a GGUF of another file type is another teacher",
-        )
-    return weight_type(need_gguf(teacher))
+        precision_of(ctx.config, ctx.teacher)
 
 
 def _check_variant(ctx: PreflightContext[TeachConfig]) -> None:
@@ -346,54 +319,6 @@ def _check_tokens(ctx: PreflightContext[TeachConfig]) -> None:
     folder = planned_tokenizer(ctx.one("corpus"), ctx.teacher)
     if folder not in (None, ctx.teacher.path):
         check_same_tokens(token_map(folder), ours, "the corpus' tokenizer", "the teacher's")
-
-
-def _check_ensemble(ctx: PreflightContext[TeachConfig]) -> None:
-    """Engine, token maps and precision of the teachers beside the recipe's, as far as they are here."""
-    if not ctx.config.ensemble or ctx.config.engine not in ENGINES:
-        return
-    from lmdistill.teachers.ensemble import check_ensemble
-    from lmdistill.teachers.ensemble_members import check_members
-
-    check_ensemble(ctx.config.engine)
-    others = _members_here(ctx)
-    for other in others:
-        _precision(ctx.config, other)
-    if ctx.teacher is not None:
-        check_members(ctx.teacher, others)
-
-
-def _check_hidden(ctx: PreflightContext[TeachConfig]) -> None:
-    """Whether the engine can give the hidden states that are asked for, and the teacher has them."""
-    if ctx.config.hidden_layers and ctx.config.engine in ENGINES:
-        from lmdistill.signals.hidden_plan import check_hidden
-
-        check_hidden(ctx.config.engine, 1 + len(ctx.config.ensemble))
-        if ctx.teacher is not None:
-            _hidden(ctx.config, ctx.teacher)
-
-
-def _hidden(config: TeachConfig, teacher: ModelRef) -> HiddenLayout | None:
-    from lmdistill.signals.hidden_plan import hidden_layout
-
-    return hidden_layout(config.hidden_layers, config.hidden_dtype, teacher.path)
-
-
-def _hidden_memory(ctx: PreflightContext[TeachConfig], teacher: ModelRef) -> int:
-    """Bytes of hidden states held at once; 0 where none are kept, or the rows' length is not known yet."""
-    layout = _hidden(ctx.config, teacher)
-    length = getattr(ctx.one("corpus").config, "sequence_length", None)
-    if layout is None or length is None:
-        return 0
-    from lmdistill.signals.hidden_plan import hidden_memory
-
-    return hidden_memory(layout, teacher.path, ctx.config.batch_rows * int(length))
-
-
-def _members_here(ctx: PreflightContext[TeachConfig]) -> list[ModelRef]:
-    from lmdistill.teachers.ensemble_members import members_here
-
-    return members_here(ctx.config.ensemble)
 
 
 def _check_k(k: int, vocabulary: int) -> None:
@@ -427,17 +352,3 @@ def _tokens(ctx: PreflightContext[TeachConfig]) -> int | None:
         return sum(rows) * int(meta["sequence_length"])
     caps: list[int | None] = [getattr(corpus.config, f"{name}_tokens", None) for name in ctx.config.splits]
     return sum(cap for cap in caps if cap is not None) if None not in caps else None
-
-
-def _weight_bytes(config: TeachConfig, model: ModelRef) -> int:
-    """Memory of a teacher's weights: those of its GGUF where that is what is scored."""
-    if config.engine in ENGINES and ENGINES[config.engine].gguf and model.gguf is not None:
-        return model.gguf.stat().st_size
-    return _parameters(model.path) * WIDTHS[config.precision]
-
-
-def _parameters(folder: Path) -> int:
-    """Parameters of a checkpoint, from the headers of its safetensors files."""
-    from lmdistill.checkpoints import stored_tensors
-
-    return sum(math.prod(shape) for _, shape in stored_tensors(folder))

@@ -1,4 +1,4 @@
-"""What a recipe's `teach` asks of its teachers, held against those that are on this machine, and what they will cost."""
+"""What a recipe asks of its teachers, held against those that are on this machine, and what they will cost."""
 
 from __future__ import annotations
 
