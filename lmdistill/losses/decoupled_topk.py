@@ -32,7 +32,7 @@ def _masses(student: StudentSoftmax, targets: Targets) -> tuple[torch.Tensor, ..
     return log_p_N, targets.tail_N, log_q_N, log_rest_q_N
 
 
-@loss("decoupled_topk", signals="top_k")
+@loss("decoupled_topk", signals="top_k", options=("temperature", "mass_weighted", "hinton_scaled"))
 def decoupled_topk(student: StudentSoftmax, targets: Targets, options: LossOptions) -> LossTerms:
     """The mass term at temperature 1 plus the tempered conditional term (LFM2 §3, our closed form)."""
     tau = options.temperature

@@ -49,7 +49,8 @@ def _softmax(logits_CV: torch.Tensor, targets: Targets) -> tuple[StudentSoftmax,
     rest_C = exp_CV.sum(-1)
     exp_CV.scatter_(1, targets.ids_NK, top_CK)
     lse_C = max_C1[:, 0] + (rest_C + top_CK.masked_fill(absent_CK, 0.0).sum(-1)).log()
-    return StudentSoftmax(logits_CK, next_C, lse_C, max_C1[:, 0] + rest_C.log()), exp_CV, max_C1[:, 0]
+    lse_rest_C = max_C1[:, 0] + rest_C.log()
+    return StudentSoftmax(logits_CK, next_C, lse_C, lse_rest_C, exp_CV.shape[1]), exp_CV, max_C1[:, 0]
 
 
 def _gradient(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from lmdistill.errors import RecipeError, nearest
@@ -56,6 +56,7 @@ class StudentSoftmax:
     logit_next_N: torch.Tensor  # float32, its logit of the next token
     lse_N: torch.Tensor  # float32, logsumexp over the vocabulary
     lse_rest_N: torch.Tensor  # float32, logsumexp over the vocabulary less the teacher's top K
+    vocab_size: int = 0  # V: how many ids share all that mass
 
 
 @dataclass(frozen=True)
@@ -80,40 +81,74 @@ class LossOptions:
     mass_weighted: bool = True  # the factor P on the tempered conditional term
     hinton_scaled: bool = False  # multiply the tempered term by the square of the temperature
     self_normalised: bool = False  # importance weights divided by their sum: biased, less variance
+    js_beta: float = 0.5  # the teacher's share of the mixture in the Jensen-Shannon divergence
+    skew_alpha: float = 0.1  # the share of a skew KL's first distribution in the mixture it is held against
+    bd_weight: float = 0.75  # of the KL that corrects the student's sharpness; the other one has the rest
+
+    @property
+    def kl_scale(self) -> float:
+        """What a tempered KL is multiplied with."""
+        return self.temperature**2 if self.hinton_scaled else 1.0
 
 
 LossFunction = Callable[[StudentSoftmax, Targets, LossOptions], LossTerms]
-_LOSSES: dict[str, LossFunction] = {}
-_SIGNALS: dict[str, str] = {}
 
 
-def loss(name: str, signals: str = "any") -> Callable[[LossFunction], LossFunction]:
-    """Register a loss under `name`, the value of `loss:` in a recipe; `signals` it learns from: any, top_k, sampled."""
+@dataclass(frozen=True)
+class Loss:
+    """A loss with what is known of it before it runs."""
+
+    function: LossFunction
+    signals: str  # what it learns from: any cache, the teacher's top_k, sampled ids, or a live teacher
+    options: tuple[str, ...]  # the fields of LossOptions that it reads, keys of the recipe
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring."""
+        return next(iter((self.function.__doc__ or "").strip().splitlines()), "")
+
+
+_LOSSES: dict[str, Loss] = {}
+
+
+def loss(name: str, signals: str = "any", options: tuple[str, ...] = ()) -> Callable[[LossFunction], LossFunction]:
+    """Register a loss under `name`, the value of `loss:` in a recipe; `signals` and `options` are those of `Loss`."""
 
     def register(function: LossFunction) -> LossFunction:
-        _LOSSES[name], _SIGNALS[name] = function, signals
+        _LOSSES[name] = Loss(function, signals, options)
         return function
 
     return register
 
 
-def names() -> list[str]:
-    """The names of all losses."""
+def catalogue() -> dict[str, Loss]:
+    """All losses by name, sorted."""
     package = importlib.import_module("lmdistill.losses")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"lmdistill.losses.{module.name}")
-    return sorted(_LOSSES)
+    return dict(sorted(_LOSSES.items()))
 
 
-def get(name: str) -> LossFunction:
-    """The loss called `name`; RecipeError with the nearest name where there is none."""
-    known = names()
-    if name in _LOSSES:
-        return _LOSSES[name]
+def entry(name: str) -> Loss:
+    """The loss called `name` with what is known of it; RecipeError with the nearest name where there is none."""
+    known = catalogue()
+    if name in known:
+        return known[name]
     raise RecipeError(f"no loss is called '{name}'{nearest(name, known)}", fix=f"one of: {', '.join(known)}")
 
 
+def get(name: str) -> LossFunction:
+    """The loss called `name`; RecipeError where there is none."""
+    return entry(name).function
+
+
+def unread_options(name: str, options: LossOptions) -> list[str]:
+    """Options that are not at their default and that the loss called `name` does not read."""
+    read, defaults = entry(name).options, LossOptions()
+    changed = [field.name for field in fields(options) if getattr(options, field.name) != getattr(defaults, field.name)]
+    return [option for option in changed if option not in read]
+
+
 def signals_of(name: str) -> str:
-    """What the loss called `name` learns from: `any` cache, or one with the teacher's `top_k`, or `sampled` ids."""
-    get(name)
-    return _SIGNALS[name]
+    """What the loss called `name` learns from: `any` cache, the teacher's `top_k`, `sampled` ids, a `live` teacher."""
+    return entry(name).signals

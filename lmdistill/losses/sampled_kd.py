@@ -29,7 +29,7 @@ from lmdistill.losses.registry import (
 )
 
 
-@loss("sampled_kd", signals="sampled")
+@loss("sampled_kd", signals="sampled", options=("self_normalised",))
 def sampled_kd(student: StudentSoftmax, targets: Targets, options: LossOptions) -> LossTerms:
     """Importance-weighted cross-entropy to the drawn ids, less the teacher's own (Sparse Logit Sampling, section 3)."""
     if targets.weight_NK is None:
