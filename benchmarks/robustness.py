@@ -62,8 +62,9 @@ def faults(found: dict[str, Any]) -> list[str]:
     for name in ("tmpfs", "file_size_limit"):
         disk = found.get(name, {})
         if disk and "skipped" not in disk:
-            good = disk["exit_status"] == 2 and not disk["traceback"] and disk["same_bytes"]
-            wrong += [] if good and disk["message"] else [f"{name}: {disk}"]
+            good = disk["exit_status"] == 2 and not disk["traceback"] and disk["message"] and disk["same_bytes"]
+            good = good and disk.get("before_work", disk)["exit_status"] == 2
+            wrong += [] if good else [f"{name}: {disk}"]
     return wrong
 
 

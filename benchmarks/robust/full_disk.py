@@ -2,38 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from robust.toy_run import ToyRun, cache_files, fresh_copy
 
 SHARE = 0.5  # of the cache that fits at first
-LOGS = 200_000  # bytes for what the pipeline itself writes
+ROOM = 4  # times what the run needs: an estimate's margin, logs, and unfinished files
+CHUNKS = (1 << 20, 1 << 12, 1)  # bytes in which the ballast grows until nothing more fits
 
 
 def fill_tmpfs(toy: ToyRun, base: Path, expected: dict[str, str], scratch: Path) -> dict[str, Any]:
-    """Run on a tmpfs that holds half the cache, enlarge it, and run again; `skipped` says why where none can be had."""
+    """On a tmpfs with too little room the plan is refused; on one that others fill up meanwhile the capture fails.
+
+    Then there is room again. `skipped` says why where no tmpfs can be mounted.
+    """
     folder = scratch / "small"
     folder.mkdir()
-    needed = _size(base) + _cache_bytes(scratch / "whole")
-    room = _size(base) + int(_cache_bytes(scratch / "whole") * SHARE) + LOGS
-    refusal = _mount(folder, room)
+    cache = _size(next((scratch / "whole").glob("*-teach-*/out")))
+    refusal = _mount(folder, _size(base) + int(cache * SHARE))
     if refusal:
+        folder.rmdir()
         return {"skipped": refusal}
     try:
         run_dir = fresh_copy(base, folder / "run")
-        full = toy.run(run_dir)
+        refused = toy.run(run_dir)
+        room = ROOM * (_size(base) + cache)
+        subprocess.run(["mount", "-o", f"remount,size={room}", str(folder)], check=True)
+        full = _fill_meanwhile(toy, run_dir, folder / "ballast")
         kept = _finished(run_dir)
-        subprocess.run(["mount", "-o", f"remount,size={needed * 2 + 4_000_000}", str(folder)], check=True)
+        (folder / "ballast").unlink()
         resumed = toy.run(run_dir)
-        return _verdict(full, kept, resumed, run_dir, expected)
+        before = {"exit_status": refused.returncode, "message": refused.stderr.strip().splitlines()}
+        return {"before_work": before, **_verdict(full, kept, resumed, run_dir, expected)}
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+        folder.rmdir()
+
+
+def _fill_meanwhile(toy: ToyRun, run_dir: Path, ballast: Path) -> subprocess.CompletedProcess[str]:
+    """Start the run, leave no byte free as soon as it has finished a shard, and wait for its end."""
+    process = toy.start(run_dir)
+    while process.poll() is None and not _finished(run_dir):
+        time.sleep(0.002)
+    with ballast.open("wb", buffering=0) as file:
+        for size in CHUNKS:
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+    shown, said = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, shown, said)
 
 
 def limit_file_size(toy: ToyRun, base: Path, expected: dict[str, str], scratch: Path) -> dict[str, Any]:
@@ -81,9 +106,5 @@ def _finished(run_dir: Path) -> int:
 
 
 def _size(folder: Path) -> int:
-    pages = [-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file()]
-    return sum(pages)
-
-
-def _cache_bytes(run_dir: Path) -> int:
-    return sum(_size(out) for out in run_dir.glob("*-teach-*/out"))
+    """Bytes that a folder's files take in pages."""
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())

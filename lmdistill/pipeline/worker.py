@@ -5,6 +5,7 @@ Started by `lmdistill.pipeline.process`, never by hand. Whatever a stage prints 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -145,6 +146,12 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def log_traceback() -> None:
+    """Where the error came from, into the log; which is on the disk that may be full."""
+    with contextlib.suppress(OSError):
+        traceback.print_exc()
+
+
 def main() -> int:
     """Do one job; 0 when its result was sent."""
     channel = Channel()
@@ -153,12 +160,12 @@ def main() -> int:
     try:
         result = TASKS[job["task"]](job, channel)
     except LmdistillError as error:
-        traceback.print_exc()
         channel.send("error", error=jobs.error_to_json(error))
+        log_traceback()
         return 3
     except BaseException as error:  # a stage may raise anything: it is reported, and the log has the traceback
-        traceback.print_exc()
         channel.send("crash", error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        log_traceback()
         return 4
     channel.send("result", result=result)
     return 0

@@ -13,7 +13,7 @@ from lmdistill.errors import StageError
 from lmdistill.signals import capture as capture_module
 from lmdistill.signals import writer as writer_module
 
-ROWS, SHARD_ROWS = 128, 32
+ROWS, SHARD_ROWS = 384, 16
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,9 @@ def test_a_disk_that_fills_up_is_said_and_the_run_goes_on(toy, fill):
     found = fill(made, scratch / "base", expected, scratch)
     if "skipped" in found:
         pytest.skip(found["skipped"])
+    if "before_work" in found:
+        assert found["before_work"]["exit_status"] == 2
+        assert found["before_work"]["message"][0].startswith("error: too little disk")
     assert found["exit_status"] == 2
     assert found["message"][0].startswith("error: ")
     assert "cannot write" in found["message"][0]
