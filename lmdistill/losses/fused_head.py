@@ -40,6 +40,7 @@ def _softmax(logits_CV: torch.Tensor, targets: Targets) -> tuple[StudentSoftmax,
     is small, which `1 − Q` would not be. Absent entries repeat an id and count as nothing.
     """
     absent_CK = targets.absent_NK
+    whole_CV = None if targets.live is None else logits_CV.clone()
     logits_CK = logits_CV.gather(1, targets.ids_NK).masked_fill(absent_CK, -torch.inf)
     next_C = logits_CV.gather(1, targets.next_N[:, None])[:, 0]
     max_C1 = logits_CV.amax(-1, keepdim=True)
@@ -50,7 +51,8 @@ def _softmax(logits_CV: torch.Tensor, targets: Targets) -> tuple[StudentSoftmax,
     exp_CV.scatter_(1, targets.ids_NK, top_CK)
     lse_C = max_C1[:, 0] + (rest_C + top_CK.masked_fill(absent_CK, 0.0).sum(-1)).log()
     lse_rest_C = max_C1[:, 0] + rest_C.log()
-    return StudentSoftmax(logits_CK, next_C, lse_C, lse_rest_C, exp_CV.shape[1]), exp_CV, max_C1[:, 0]
+    student = StudentSoftmax(logits_CK, next_C, lse_C, lse_rest_C, exp_CV.shape[1], whole_CV)
+    return student, exp_CV, max_C1[:, 0]
 
 
 def _gradient(
@@ -62,6 +64,8 @@ def _gradient(
     outside_C = mix.kd_weight * kd.outside_N + mix.ce_weight
     grad_CV = exp_CV.mul_((outside_C * scale_C)[:, None])
     grad_CV.scatter_(1, kd.ids_NS, mix.kd_weight * kd.inside_NS + mix.ce_weight * q_CS)
+    if kd.dense_NV is not None:
+        grad_CV.add_(kd.dense_NV, alpha=mix.kd_weight)
     if mix.ce_weight:
         minus_C1 = torch.full_like(max_C, -mix.ce_weight)[:, None]
         grad_CV.scatter_add_(1, targets.next_N[:, None], minus_C1)

@@ -5,7 +5,7 @@ positions and says how much it loses there and what its gradient is, in a form t
 a coefficient on the student's own softmax, and a few entries of their own. The head is fused around it
 (`fused_head.py`), so B·T·V never stands in memory.
 
-Axes: N positions in a chunk, V vocabulary, K cached entries, S scattered entries a row.
+Axes: N positions in a chunk, D hidden width, V vocabulary, K cached entries, S scattered entries a row.
 """
 
 from __future__ import annotations
@@ -23,6 +23,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class LiveTeacher:
+    """A teacher's last hidden states at N positions: its logits are made where and when a chunk needs them."""
+
+    hidden_ND: torch.Tensor
+    head_VD: torch.Tensor  # rows of real tokens only; at most as many as the student has
+    bias_V: torch.Tensor | None = None
+
+    def rows(self, rows: slice) -> LiveTeacher:
+        """Some of the positions."""
+        return LiveTeacher(self.hidden_ND[rows], self.head_VD, self.bias_V)
+
+    def logits(self) -> torch.Tensor:
+        """Logits `[N, V]` of these positions, in float32 or above."""
+        logits_NV = self.hidden_ND @ self.head_VD.T
+        logits_NV = logits_NV if self.bias_V is None else logits_NV + self.bias_V
+        return logits_NV if logits_NV.dtype.itemsize >= 4 else logits_NV.float()
+
+
+@dataclass(frozen=True)
 class Targets:
     """What the teacher and the text say of N positions."""
 
@@ -31,6 +50,7 @@ class Targets:
     logp_NK: torch.Tensor  # float32, its normalised log-probs of those, at temperature 1
     tail_N: torch.Tensor  # float32, its log-mass outside those; -inf where K covers the vocabulary
     weight_NK: torch.Tensor | None = None  # float32, importance weights of drawn ids; None: the ids are the top K
+    live: LiveTeacher | None = None  # the teacher itself, for losses over the whole vocabulary
 
     @property
     def absent_NK(self) -> torch.Tensor:
@@ -40,7 +60,8 @@ class Targets:
     def rows(self, rows: slice) -> Targets:
         """Some of the positions."""
         weight_NK = None if self.weight_NK is None else self.weight_NK[rows]
-        return Targets(self.next_N[rows], self.ids_NK[rows], self.logp_NK[rows], self.tail_N[rows], weight_NK)
+        live = None if self.live is None else self.live.rows(rows)
+        return Targets(self.next_N[rows], self.ids_NK[rows], self.logp_NK[rows], self.tail_N[rows], weight_NK, live)
 
 
 def absent_as_first(values_NK: torch.Tensor, targets: Targets) -> torch.Tensor:
@@ -57,6 +78,9 @@ class StudentSoftmax:
     lse_N: torch.Tensor  # float32, logsumexp over the vocabulary
     lse_rest_N: torch.Tensor  # float32, logsumexp over the vocabulary less the teacher's top K
     vocab_size: int = 0  # V: how many ids share all that mass
+    logits_NV: torch.Tensor | None = (
+        None  # float32, all its logits where a teacher is live; the loss may overwrite them
+    )
 
 
 @dataclass(frozen=True)
@@ -64,13 +88,15 @@ class LossTerms:
     """A loss at N positions with its gradient: `outside_N · softmax(z)`, but at `ids_NS` it is `inside_NS`.
 
     What is inside stands for itself and is not added to the rest: a student that is sure of the teacher's top K has
-    an `outside_N` of many thousands, and a difference of two such terms would have no digit left.
+    an `outside_N` of many thousands, and a difference of two such terms would have no digit left. A gradient that is
+    dense is given whole, and is added.
     """
 
     loss_N: torch.Tensor
     outside_N: torch.Tensor
     ids_NS: torch.Tensor
     inside_NS: torch.Tensor
+    dense_NV: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

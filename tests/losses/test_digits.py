@@ -98,7 +98,7 @@ def _run(name: str, temperature: float, dtype: torch.dtype) -> list[str]:
         said.append(sums.total.item().hex())
         with torch.no_grad():
             for weight in (hidden_ND, head_VD):
-                weight -= weight.grad  # type: ignore[operator]
+                weight -= weight.grad
     return [*said, float(hidden_ND.detach().double().sum() + head_VD.detach().double().square().sum()).hex()]
 
 
