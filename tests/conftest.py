@@ -28,14 +28,19 @@ def embedded_gguf() -> Path:
     return fetch(AssetSpec.model_validate(EMBEDDED), SilentProgress())
 
 
-@pytest.fixture(scope="session")
-def teacher_folder() -> Path:
+def embedded_teacher() -> Path:
     """The embedded SmolLM2-135M-Instruct as a model folder, from the user's cache (fetched and converted once)."""
     from lmdistill.asset_spec import AssetSpec
     from lmdistill.assets import model_folder
     from lmdistill.pipeline.stage import SilentProgress
 
     return model_folder(AssetSpec.model_validate(EMBEDDED), SilentProgress()).path
+
+
+@pytest.fixture(scope="session")
+def teacher_folder() -> Path:
+    """The embedded teacher as a model folder."""
+    return embedded_teacher()
 
 
 @pytest.fixture(scope="session")

@@ -239,7 +239,7 @@ def _proof(ctx: StageContext[TeachConfig], corpus: CorpusReader, teachers: list[
     import numpy as np
 
     from lmdistill.corpus.format import DOC_START
-    from lmdistill.teachers.engine_parity import BOUNDS, REFERENCE, Proof
+    from lmdistill.teachers.engine_parity import REFERENCE, Proof
 
     if ctx.config.engine == REFERENCE or not ctx.config.parity_rows:
         return None
@@ -251,7 +251,7 @@ def _proof(ctx: StageContext[TeachConfig], corpus: CorpusReader, teachers: list[
     split = corpus.split(ctx.config.splits[0])
     rows = np.unique(np.linspace(0, len(split) - 1, ctx.config.parity_rows).astype(int))
     tokens, flags = split.tokens_RT[rows].astype("int32"), split.flags_RT[rows]
-    return Proof(tokens, (flags & DOC_START) != 0, bound or BOUNDS[ctx.config.precision], _record(ctx))
+    return Proof(tokens, (flags & DOC_START) != 0, bound, _record(ctx))
 
 
 def _options(ctx: StageContext[TeachConfig], corpus: CorpusReader) -> EngineOptions:

@@ -7,8 +7,11 @@ of them compute some architectures wrongly. The reference is the transformers en
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,17 @@ from lmdistill.pipeline.stage import ModelRef
 from lmdistill.teachers.engine import EngineOptions, TeacherEngine, TopK
 
 REFERENCE = "transformers"  # the engine that others are held against
-BOUNDS = {"float32": 0.01, "bfloat16": 1.0}  # nats: the largest |Δ log-prob| that rounding explains; docs/signals.md
+FLOAT32_BOUND = 0.01  # nats: engines that are right stay a hundred times below it; docs/signals.md
+MAX_MARGIN, MEAN_MARGIN = 3.0, 2.0  # over what rounding to the engine's precision does to the reference itself
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the reference said of the rows, and how far from it an engine may be, in nats."""
+
+    top_k: TopK
+    bound: float
+    mean_bound: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -31,19 +44,40 @@ class Proof:
 
     tokens_BT: NDArray[Any]
     starts_BT: NDArray[np.bool_]
-    bound: float  # nats
+    bound: float | None  # nats; None: what the engine's precision explains
     record: Path  # where the first proof's figures are kept, as JSON
 
-    def settle(self, engine: TeacherEngine, expected: TopK) -> None:
+    def expect(self, teacher: ModelRef, options: EngineOptions, make: Callable[[], TeacherEngine]) -> Expected:
+        """Ask the reference, an unopened engine that `make` gives, and leave none of it in memory.
+
+        In bfloat16 the reference's own rounding is the measure: how much that is depends on the teacher.
+        """
+
+        def ask(precision: str) -> TopK:
+            reference = open_reference(teacher, replace(options, precision=precision), make())
+            return reference.score(self.tokens_BT, self.starts_BT)
+
+        spoken = ask("float32")
+        gc.collect()
+        if self.bound is not None or options.precision == "float32":
+            return Expected(spoken, self.bound or FLOAT32_BOUND)
+        rounding = compare(ask(options.precision), spoken, math.inf)
+        gc.collect()
+        return Expected(
+            spoken, MAX_MARGIN * rounding["max_delta_logprob"], MEAN_MARGIN * rounding["mean_delta_logprob"]
+        )
+
+    def settle(self, engine: TeacherEngine, expected: Expected) -> None:
         """Compare what `engine` says of the rows with what the reference said; raises IntegrityError as `compare`."""
-        figures = compare(engine.score(self.tokens_BT, self.starts_BT), expected, self.bound)
+        found = engine.score(self.tokens_BT, self.starts_BT)
+        figures = compare(found, expected.top_k, expected.bound, expected.mean_bound)
         if not self.record.exists():
             self.record.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.record, json.dumps(figures, sort_keys=True), f".{self.record.name}.{os.getpid()}.tmp")
 
 
 def open_reference(teacher: ModelRef, options: EngineOptions, reference: TeacherEngine | None = None) -> TeacherEngine:
-    """The transformers engine (or `reference`, not yet opened) on the same teacher, in float32.
+    """The transformers engine (or `reference`, not yet opened) on the same teacher, in the options' precision.
 
     It runs on the CPU, so that it takes no accelerator's memory. With `isolate` each document is given to it by
     itself, so that teachers that leak in a packed row are proven too.
@@ -53,7 +87,7 @@ def open_reference(teacher: ModelRef, options: EngineOptions, reference: Teacher
 
     plain = reference or create_engine(REFERENCE)
     opened = DocumentsApart(plain) if options.isolate else plain
-    opened.open(teacher, replace(options, precision="float32", device="cpu"))
+    opened.open(teacher, replace(options, device="cpu"))
     return opened
 
 
@@ -68,46 +102,47 @@ def prove(
     return compare(engine.score(tokens_BT, starts_BT), reference_engine.score(tokens_BT, starts_BT), bound)
 
 
-def compare(found: TopK, expected: TopK, bound: float) -> dict[str, float]:
+def compare(found: TopK, expected: TopK, bound: float, mean_bound: float = math.inf) -> dict[str, float]:
     """How far two engines' predictions of the same rows lie apart, in nats.
 
     `max_delta_logprob` is over the ids that both have among their K, over `lp_next`, and over ids that one engine has
     and the other has not: there, by how much the id exceeds the other's K-th entry, the least they can differ.
-    `tail_mass` is the largest difference between the two tails' masses. Raises IntegrityError where either is more
-    than `bound` allows.
+    `mean_delta_logprob` is over the common ids. `tail_mass` is the largest difference between the two tails' masses.
+    Raises IntegrityError where one of them is more than `bound`, or the mean more than `mean_bound`, allows.
     """
-    both_NKK = found.ids_BTK[..., :, None] == expected.ids_BTK[..., None, :]
-    apart_NKK = np.abs(found.logp_BTK[..., :, None] - expected.logp_BTK[..., None, :])
-    common = apart_NKK[both_NKK]
+    common, only_found, only_expected = _matched(found, expected)
     following = np.abs(found.lp_next_BT[:, :-1] - expected.lp_next_BT[:, :-1]).ravel()
-    only_found = _excess(found, expected, both_NKK.any(axis=-1))
-    only_expected = _excess(expected, found, both_NKK.any(axis=-2))
     tails = np.abs(np.exp(found.tail_BT) - np.exp(expected.tail_BT))
     figures = {
         "max_delta_logprob": _largest(np.concatenate([common, following, only_found, only_expected])),
         "mean_delta_logprob": float(common.mean()) if common.size else float("nan"),
         "tail_mass": _largest(tails),
-        "common_ids": float(both_NKK.sum() / found.ids_BTK.size),
+        "common_ids": common.size / found.ids_BTK.size,
         "tokens": float(found.lp_next_BT.size),
-        "bound": bound,
     }
-    # written so that NaN fails
-    if not (figures["max_delta_logprob"] <= bound and figures["tail_mass"] <= np.expm1(bound)):
+    limits = {"max_delta_logprob": bound, "mean_delta_logprob": mean_bound, "tail_mass": float(np.expm1(bound))}
+    if not all(figures[name] <= limit for name, limit in limits.items()):  # NaN is not
         raise IntegrityError(
             f"the teacher's engine does not compute what the teacher computes: its log-probs are up to "
-            f"{figures['max_delta_logprob']:.3g} nats from the reference's (bound {bound:g})",
+            f"{figures['max_delta_logprob']:.3g} nats from the reference's (bound {bound:.3g})",
             why=f"over {int(figures['tokens'])} tokens {figures['common_ids']:.1%} of the top ids are the same, their "
-            f"log-probs {figures['mean_delta_logprob']:.3g} nats apart on average; tails up to "
-            f"{figures['tail_mass']:.3g} of the mass apart",
+            f"log-probs {figures['mean_delta_logprob']:.3g} nats apart on average (bound {mean_bound:.3g}); tails up "
+            f"to {figures['tail_mass']:.3g} of the mass apart",
             fix="use `engine: transformers`; raise `parity_bound` only where you know why they differ",
         )
-    return figures
+    bounds = {"bound": bound, "mean_bound": mean_bound}
+    return figures | {name: value for name, value in bounds.items() if math.isfinite(value)}
 
 
-def _excess(one: TopK, other: TopK, shared_NK: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """By how much ids that only `one` has exceed the K-th entry of `other`, which has all that are likelier."""
-    excess_NK: NDArray[np.float32] = one.logp_BTK - other.logp_BTK[..., -1:]
-    return excess_NK[~shared_NK]
+def _matched(found: TopK, expected: TopK) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """|Δ log-prob| of the ids that both have, and by how much those that one has exceed the other's K-th entry."""
+    position_BT1 = np.arange(found.tail_BT.size, dtype=np.int64).reshape(*found.tail_BT.shape, 1) << 32
+    ours, theirs = ((position_BT1 | one.ids_BTK).ravel() for one in (found, expected))
+    _, at_found, at_expected = np.intersect1d(ours, theirs, return_indices=True)
+    common = np.abs(found.logp_BTK.ravel()[at_found] - expected.logp_BTK.ravel()[at_expected])
+    only_found = np.delete((found.logp_BTK - expected.logp_BTK[..., -1:]).ravel(), at_found)
+    only_expected = np.delete((expected.logp_BTK - found.logp_BTK[..., -1:]).ravel(), at_expected)
+    return common, only_found, only_expected
 
 
 def _largest(values: NDArray[Any]) -> float:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import replace
 
 from lmdistill.pipeline.stage import ModelRef, Runtime
 from lmdistill.teachers.engine import EngineOptions, TeacherEngine
-from lmdistill.teachers.engine_parity import REFERENCE, Proof, open_reference
+from lmdistill.teachers.engine_parity import REFERENCE, Proof
 from lmdistill.teachers.ensemble import EnsembleEngine
 from lmdistill.teachers.registry import create_engine
 
@@ -27,12 +26,7 @@ def open_engine(
     which speaks first and is dropped: the two are never in memory together. Raises IntegrityError where it does not.
     """
     options = replace(options, device=Runtime(options.device).resolve_device())
-    expected = None
-    if proof is not None:
-        reference = open_reference(teacher, options, _made(REFERENCE, others, weights))
-        expected = reference.score(proof.tokens_BT, proof.starts_BT)
-        del reference
-        gc.collect()
+    expected = None if proof is None else proof.expect(teacher, options, lambda: _made(REFERENCE, others, weights))
     engine = _made(name, others, weights)
     engine.open(teacher, options)
     if proof is not None and expected is not None:

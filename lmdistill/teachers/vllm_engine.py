@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from lmdistill.errors import LmdistillError, PreflightError
+from lmdistill.errors import PreflightError, StageError
 from lmdistill.pipeline.stage import ModelRef
 from lmdistill.teachers.engine import EngineOptions
 from lmdistill.teachers.logprobs import Entries, from_flat
@@ -32,7 +33,7 @@ class VllmEngine(PromptEngine):
 
     def open(self, teacher: ModelRef, options: EngineOptions) -> None:
         """Load the teacher; raises LmdistillError where this vLLM has no such device or cannot run the teacher."""
-        self._options = options
+        self._options, self._teacher = options, teacher
         _set_environment(options)
         self._llm = _load(teacher, options)
 
@@ -52,7 +53,9 @@ class VllmEngine(PromptEngine):
             max_tokens=1, temperature=0.0, prompt_logprobs=k, flat_logprobs=True, detokenize=False
         )
         requests = [TokensPrompt(prompt_token_ids=tokens) for tokens in prompts]
-        for answer in self._llm.generate(requests, parameters, use_tqdm=False):
+        with _plainly(self._teacher):
+            answers = self._llm.generate(requests, parameters, use_tqdm=False)
+        for answer in answers:
             yield from_flat(answer.prompt_logprobs, k)
 
 
@@ -85,7 +88,7 @@ def _load(teacher: ModelRef, options: EngineOptions) -> Any:
     where: dict[str, Any] = {"kv_cache_memory_bytes": CPU_CACHE_BYTES}
     if wanted != "cpu":
         where = options.vllm.model_dump()
-    try:
+    with _plainly(teacher):
         return LLM(
             model=str(teacher.path),
             skip_tokenizer_init=True,
@@ -100,7 +103,16 @@ def _load(teacher: ModelRef, options: EngineOptions) -> Any:
             seed=0,
             **where,
         )
-    except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
-        raise LmdistillError(
-            f"vLLM cannot run the teacher {teacher.name}", why=str(error), fix="use `engine: transformers`"
+
+
+@contextmanager
+def _plainly(teacher: ModelRef) -> Iterator[None]:
+    """Turn what vLLM raises where a model, a length or a device is not for it into one error."""
+    try:
+        yield
+    except Exception as error:  # its models and kernels raise anything, AttributeError too
+        raise StageError(
+            f"vLLM cannot run the teacher {teacher.name}",
+            why=f"{type(error).__name__}: {error}",
+            fix="the stage's log has vLLM's own words; `engine: transformers` runs what vLLM does not",
         ) from error

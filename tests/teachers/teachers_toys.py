@@ -38,7 +38,7 @@ def save_toy(folder: Path, kind: str = "llama", rows: int = VOCAB, seed: int = 0
     import transformers
 
     names = {"llama": "Llama", "lfm2": "Lfm2", "granite": "Granite"}
-    made = getattr(transformers, f"{names[kind]}Config")(vocab_size=rows, **SMALL, **config)
+    made = getattr(transformers, f"{names[kind]}Config")(vocab_size=rows, **(SMALL | config))
     torch.manual_seed(seed)
     getattr(transformers, f"{names[kind]}ForCausalLM")(made).save_pretrained(folder)
     save_tokenizer(folder)

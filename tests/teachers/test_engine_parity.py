@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +15,9 @@ from teachers_toys import VOCAB, save_toy
 
 from lmdistill.errors import IntegrityError
 from lmdistill.teachers.engine import EngineOptions, TopK
-from lmdistill.teachers.engine_parity import compare, open_reference, prove
+from lmdistill.teachers.engine_parity import FLOAT32_BOUND, Proof, compare, open_reference, prove
 from lmdistill.teachers.reduction import reduce_logits
+from lmdistill.teachers.registry import create_engine
 
 ROWS, LENGTH, K = 2, 12, 6
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)
@@ -65,10 +68,39 @@ def test_one_wrong_number_is_refused(field, wrong):
 
 
 def test_the_same_teacher_passes_and_another_does_not(toy, tmp_path):
-    """bfloat16 is within its bound of float32; another teacher's weights are not."""
+    """An engine is itself to the last bit; another teacher's weights are too far."""
     options = EngineOptions(K, VOCAB)
-    reference = open_reference(toy, replace(options, precision="bfloat16"))
+    reference = open_reference(toy, options)
     assert prove(reference, reference, TOKENS, STARTS, 0.0)["max_delta_logprob"] == 0
     other = open_reference(save_toy(tmp_path, rope_theta=10.0), options)
     with pytest.raises(IntegrityError, match="use `engine: transformers`"):
         prove(other, reference, TOKENS, STARTS, 0.01)
+
+
+def expected_in(precision, toy, tmp_path, bound=None):
+    proof = Proof(TOKENS, STARTS, bound, tmp_path / "parity.json")
+    options = EngineOptions(K, VOCAB, precision=precision)
+    return proof, options, proof.expect(toy, options, lambda: create_engine("transformers"))
+
+
+def test_in_bfloat16_the_references_own_rounding_is_the_measure(toy, tmp_path):
+    """The reference in bfloat16 passes; the same with one unlikely mistake everywhere does not, by its mean."""
+    proof, options, expected = expected_in("bfloat16", toy, tmp_path)
+    assert 0 < expected.mean_bound < expected.bound < 1
+    rounded = open_reference(toy, options)
+    proof.settle(rounded, expected)
+    figures = json.loads(proof.record.read_text())
+    assert figures["max_delta_logprob"] == pytest.approx(expected.bound / 3)
+    assert figures["mean_bound"] == expected.mean_bound
+    found = rounded.score(TOKENS, STARTS)
+    off = replace(found, logp_BTK=found.logp_BTK - np.float32(3 * expected.mean_bound))
+    assert 4 * expected.mean_bound < expected.bound
+    with pytest.raises(IntegrityError, match="on average"):
+        compare(off, expected.top_k, expected.bound, expected.mean_bound)
+
+
+def test_a_bound_of_ones_own_counts_alone(toy, tmp_path):
+    """The recipe's bound replaces what the precision explains."""
+    _, _, expected = expected_in("bfloat16", toy, tmp_path, bound=0.7)
+    assert (expected.bound, expected.mean_bound) == (0.7, math.inf)
+    assert expected_in("float32", toy, tmp_path)[2].bound == FLOAT32_BOUND

@@ -102,7 +102,7 @@ def test_a_teacher_that_leaks_can_be_asked_document_by_document(corpus, engines,
 
 
 def test_the_keys_of_servers_and_proofs():
-    """Where it runs leaves the fingerprint alone, as defaults do; a bound of one's own does not; wrong keys are refused."""
+    """Where it runs leaves the fingerprint alone, as defaults do; a bound of one's own does not; keys are tight."""
 
     def key(**config):
         return semantic(TeachConfig(**config), lambda spec: "")
@@ -121,11 +121,12 @@ def test_the_keys_of_servers_and_proofs():
 
 
 @pytest.mark.parametrize(("config", "message"), [
-    ({"engine": "vllm_server"}, "needs a server to ask"),
-    ({"engine": "vllm_server", "endpoint": {"url": "http://127.0.0.1:9", "retries": 0}}, "no answer from the teacher's server"),
+    ({}, "needs a server to ask"),
+    ({"endpoint": {"url": "http://127.0.0.1:9", "retries": 0}}, "no answer from the teacher's server"),
 ])  # fmt: skip
 def test_a_server_that_is_not_there_is_said_before_any_work(toy, corpus, tmp_path, config, message):
     """No endpoint, or nobody behind it: one message in the preflight."""
+    config = {"engine": "vllm_server", **config}
     planned = Planned("corpus", "corpus", "corpus", "f" * 64, StageConfig(), artefact=corpus)
     ctx = PreflightContext("teach", TeachConfig(k=8, **config), {"corpus": [planned]}, toy, tmp_path)
     [error] = TeachStage().preflight(ctx)
