@@ -90,7 +90,7 @@ def test_both_variants_decode_to_the_very_same_arrays(tmp_path):
         write_cache(tmp_path / name, *rows, 500, variant=name)
         batches.append(SignalsReader(tmp_path / name).read([8, 0, 3, 3]))
     for name, array in vars(batches[0]).items():
-        assert array.tobytes() == getattr(batches[1], name).tobytes(), name
+        np.testing.assert_array_equal(array, getattr(batches[1], name), err_msg=name)
 
 
 def bigram_rows(rows=64, length=64, vocab=512, k=16):
@@ -130,10 +130,10 @@ def test_memory_for_decoded_blocks_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(compact, "BLOCK_TOKENS", 64)
     write_cache(tmp_path, *bigram_rows(rows=40), 512, shard_rows=10, variant="compact")
     reader = SignalsReader(tmp_path)
-    reader._memory.blocks.most_bytes, reader._memory.tables.most_bytes = 20_000, 100_000
+    reader._memory.blocks.most_bytes, reader._memory.tables.most_bytes = 20_000, 300_000
     whole = reader.read(slice(None))
     assert 0 < reader._memory.blocks._bytes <= 20_000
-    assert 0 < reader._memory.tables._bytes <= 100_000
+    assert 0 < reader._memory.tables._bytes <= 300_000
     assert (reader.read([0]).ids_RTK[0] == whole.ids_RTK[0]).all()
 
 
@@ -173,9 +173,7 @@ def test_the_id_model_is_a_bijection_on_what_it_was_built_from(seed, tokens, k, 
     model, class_N = id_model.build(ids_NK, ids_NK[:, 0], None, vocab)
     symbols = model.encode(ids_NK, class_N)
     decoder = id_model.IdModel.from_bytes(model.to_bytes()).decoder()
-    out_KN = np.empty((k, tokens), decoder.ids.dtype)
-    decoder.decode(symbols.T, decoder.starts_C[class_N], out_KN)
-    assert (ids_NK == out_KN.T).all()
+    assert (ids_NK == decoder.decode(symbols.T, decoder.starts_C[class_N]).T).all()
 
 
 @settings(max_examples=60, deadline=None)

@@ -17,7 +17,7 @@ from lmdistill.signals.codec import Companding
 from lmdistill.signals.packing.streams import unzigzag, zigzag
 
 Bits = NDArray[np.uint16]  # of float16 values
-ONE = 2**30
+ONE = 2.0**30
 
 
 def slots(tokens_RT: NDArray[Any], ids_RTK: NDArray[Any], kept_RTK: NDArray[np.bool_] | None) -> NDArray[np.int64]:
@@ -47,26 +47,25 @@ class Predicted:
 def predict(
     companding: Companding,
     top1: Bits,
-    gaps_RTK: NDArray[np.uint8],
+    gaps_KN: NDArray[np.uint8],
     count_RT: NDArray[Any] | None,
     slots_RT: NDArray[Any],
 ) -> Predicted:
     """Predict from the other planes; `count_RT` is the number of entries where it is not K for all."""
-    rows, length, codes = gaps_RTK.shape
+    (rows, length), codes = top1.shape, len(gaps_KN)
     k = codes + 1
     slot_RT = np.concatenate([slots_RT, np.full((rows, 1), k)], axis=1)
     among_RT = slot_RT < k
     last_RT = (k if count_RT is None else count_RT.astype(np.int64)) - 1
-    entry_RT = np.where(among_RT, slot_RT, last_RT).ravel()
-    flat_NK = gaps_RTK.reshape(rows * length, codes)
-    code_N = np.zeros(len(flat_NK), np.uint8)
+    entry_N = np.where(among_RT, slot_RT, last_RT).ravel()
+    code_N = np.zeros(rows * length, np.uint8)
     if codes:
-        at_N = np.arange(0, flat_NK.size, codes) + np.maximum(entry_RT - 1, 0)
-        code_N = np.where(entry_RT > 0, flat_NK.ravel()[at_N], 0)
+        here_N = np.maximum(entry_N - 1, 0) * len(code_N) + np.arange(len(code_N))
+        code_N = np.where(entry_N > 0, gaps_KN.ravel()[here_N], 0)
     top_RT = top1.view(np.float16).astype(np.float32)
     with np.errstate(all="ignore"):  # bits that no teacher gives are coded too
         lp_RT = (top_RT - companding.table_C[code_N].reshape(rows, length)).astype(np.float16)
-    return Predicted(lp_RT.view(np.uint16), _tail(companding, top_RT, flat_NK, count_RT), among_RT)
+    return Predicted(lp_RT.view(np.uint16), _tail(companding, top_RT, gaps_KN, count_RT), among_RT)
 
 
 def residual(stored: Bits, predicted: Bits) -> Bits:
@@ -80,20 +79,20 @@ def restore(residuals: Bits, predicted: Bits) -> Bits:
 
 
 @lru_cache
-def _weights(companding: Companding) -> NDArray[np.int32]:
-    """e^(−gap) of each code, in whole 2⁻³⁰."""
-    weights: NDArray[np.int32] = np.round(np.exp(-companding.table_C.astype(np.float64)) * ONE).astype(np.int32)
+def _weights(companding: Companding) -> NDArray[np.float64]:
+    """e^(−gap) of each code, in whole 2⁻³⁰: sums are exact, in any order, on any machine."""
+    weights: NDArray[np.float64] = np.round(np.exp(-companding.table_C.astype(np.float64)) * ONE)
     return weights
 
 
-def _tail(companding: Companding, top_RT: NDArray[np.float32], gaps_NK: NDArray[np.uint8], count_RT: Any) -> Bits:
-    """log(1 − head), the sum over entries in whole numbers, so that its order does not matter."""
-    weights_NK = np.take(_weights(companding), gaps_NK, mode="clip")
+def _tail(companding: Companding, top_RT: NDArray[np.float32], gaps_KN: NDArray[np.uint8], count_RT: Any) -> Bits:
+    """log(1 − head)."""
+    weights_KN = _weights(companding).take(gaps_KN, mode="clip")
     if count_RT is not None:
-        weights_NK[np.arange(1, gaps_NK.shape[1] + 1) >= count_RT.reshape(-1, 1)] = 0
-    spread_RT = (weights_NK.sum(axis=1, dtype=np.int64) + ONE).reshape(top_RT.shape) / float(ONE)
+        weights_KN[np.arange(1, len(gaps_KN) + 1)[:, None] >= count_RT.ravel()] = 0
+    spread_RT = (weights_KN.sum(axis=0) + ONE).reshape(top_RT.shape) / ONE
     with np.errstate(all="ignore"):
         head_RT = np.exp(top_RT.astype(np.float64)) * spread_RT
         rest_RT = np.where(head_RT < 1, np.log1p(-np.minimum(head_RT, 1)), -np.inf)
-    bits: Bits = rest_RT.astype(np.float16).view(np.uint16)
+        bits: Bits = rest_RT.astype(np.float16).view(np.uint16)
     return bits

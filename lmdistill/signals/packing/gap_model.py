@@ -62,22 +62,19 @@ class GapModel:
         symbols: Bytes = place_PD[before, gaps_NK - before]
         return symbols
 
-    def table(self) -> Bytes:
-        """The code for (previous code · 256 + symbol), `[256·256]`, for `decode_gaps`."""
+    def table(self) -> NDArray[np.uint16]:
+        """256 times the code for (256 times the previous code) + symbol, `[256·256]`, for `decode_gaps`."""
         codes: Bytes = self._differences() + np.arange(CODES, dtype=np.uint8)[:, None]
-        return codes.ravel()
+        return codes.ravel().astype(np.uint16) << np.uint16(8)
 
     def _differences(self) -> Bytes:
         """Differences after each code, the most usual first, of equals the smaller first: `[P, S]`."""
         return np.argsort(-self.levels_PD.astype(np.int16), axis=1, kind="stable").astype(np.uint8)
 
 
-def decode_gaps(table: Bytes, symbols_KN: NDArray[np.uint16]) -> Bytes:
-    """The codes of symbols, entry after entry; each step goes over all tokens at once."""
-    gaps_KN = np.empty(symbols_KN.shape, np.uint8)
-    place_N = np.zeros(symbols_KN.shape[1], np.uint16)
-    for symbol_N, code_N in zip(symbols_KN, gaps_KN, strict=True):
-        place_N |= symbol_N
-        np.take(table, place_N, out=code_N, mode="clip")
-        np.left_shift(code_N, 8, out=place_N, dtype=np.uint16)
-    return gaps_KN
+def decode_gaps(table: NDArray[np.uint16], symbols_KN: NDArray[np.uint16]) -> Bytes:
+    """The codes of symbols, entry after entry; each step goes over all tokens at once. Overwrites the symbols."""
+    before_N = np.zeros(symbols_KN.shape[1], np.uint16)
+    for symbol_N in symbols_KN:
+        before_N = table.take(before_N | symbol_N, out=symbol_N, mode="clip")
+    return (symbols_KN >> np.uint16(8)).astype(np.uint8)

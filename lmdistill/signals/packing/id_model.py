@@ -98,11 +98,11 @@ class IdDecoder:
     starts_C: NDArray[np.int32]  # where a class' list begins
     entries: int  # of all lists
 
-    def decode(self, symbols_KN: Numbers, start_N: NDArray[np.int32], out_KN: NDArray[Any]) -> NDArray[Any]:
-        """Write the ids of symbols into `out_KN`; `start_N` is `starts_C` of each token's class."""
-        start_KN = np.where(symbols_KN < LIST, start_N, np.int32(self.entries - LIST))
-        start_KN += symbols_KN
-        return np.take(self.ids, start_KN, out=out_KN, mode="clip")
+    def decode(self, symbols_KN: Numbers, start_N: NDArray[np.int32]) -> NDArray[Any]:
+        """The ids of symbols; `start_N` is `starts_C` of each token's class."""
+        place_KN = np.where(symbols_KN < LIST, start_N, np.int32(self.entries - LIST))
+        place_KN += symbols_KN
+        return self.ids.take(place_KN, mode="clip")
 
     @property
     def nbytes(self) -> int:

@@ -45,10 +45,10 @@ class Planes:
 
 
 def groups(stop: int, row_tokens: int) -> list[slice]:
-    """Entries that share a stream: ever wider, as ranks matter less and less."""
+    """Entries that share a stream: the first, the second, then ever more, as ranks matter less and less."""
     found, first = [], 0
     while first < stop:
-        width = max(1, min(first // 2 if first > 2 else 1, PAGE_NUMBERS // row_tokens))
+        width = max(1, min(first, PAGE_NUMBERS // row_tokens))
         found.append(slice(first, min(first + width, stop)))
         first += width
     return found
@@ -60,6 +60,22 @@ def stream_types(layout: Layout, symbol: np.dtype[Any]) -> list[np.dtype[Any]]:
     token = width_of(layout.vocab_size)
     kept = [U16] if layout.variable else []
     return [*kept, U16, *[symbol] * len(id_groups), *[U16] * len(gap_groups), U16, U16, U16, token, U16, U16, U16]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One stream's values over all rows, and which of them are stored; None for all."""
+
+    name: str
+    values: NDArray[Any]
+    keep: NDArray[np.bool_] | None = None
+
+    def part(self, rows: slice, dtype: np.dtype[Any]) -> Numbers:
+        """A block's numbers, entry by entry: all tokens' first, then all tokens' second."""
+        part = self.values[rows].reshape(-1, *self.values.shape[2:]).T
+        if self.keep is not None:
+            part = part[self.keep[rows].reshape(-1, *self.keep.shape[2:]).T]
+        return part.astype(dtype).ravel()
 
 
 @lru_cache
@@ -76,62 +92,82 @@ def witness(raw_R: NDArray[Any]) -> int:
     return crc
 
 
-def encode_segment(layout: Layout, raw_R: NDArray[Any], block_rows: int) -> list[bytes]:
-    """The tables of a segment, then its blocks of `block_rows` rows."""
+@dataclass(frozen=True)
+class Encoded:
+    """A segment's models and streams."""
+
+    ids: id_model.IdModel
+    gaps: gap_model.GapModel
+    columns: list[Column]
+    streams: list[tuple[bytes, list[bytes]]]  # of each column its histogram, and a page for each block
+
+    def tables(self) -> bytes:
+        """What all blocks need."""
+        return pack_all([self.ids.to_bytes(), self.gaps.to_bytes(), pack_all(meta for meta, _ in self.streams)])
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by what they say."""
+        found = {"id tables": len(self.ids.to_bytes()), "gap table": len(self.gaps.to_bytes())}
+        for column, (meta, pages) in zip(self.columns, self.streams, strict=True):
+            found[column.name] = found.get(column.name, 0) + len(meta) + sum(map(len, pages))
+        return found
+
+
+def encode(layout: Layout, raw_R: NDArray[Any], block_rows: int) -> Encoded:
+    """Model a segment's coded rows and encode them by blocks of `block_rows` rows."""
     planes, shape = Planes.of(layout, raw_R), raw_R["token"].shape
     tokens = shape[0] * shape[1]
-    kept_NK = None if planes.kept_RTK is None else planes.kept_RTK.reshape(-1, layout.k)
-    ids_NK, gaps_NK = planes.ids_RTK.reshape(-1, layout.k), raw_R["gaps"].reshape(tokens, layout.k - 1)
+    kept_NK = None if planes.kept_RTK is None else planes.kept_RTK.reshape(tokens, layout.k)
+    ids_NK, gaps_NK = planes.ids_RTK.reshape(tokens, layout.k), raw_R["gaps"].reshape(tokens, layout.k - 1)
     ids, class_N = id_model.build(ids_NK, planes.tokens_RT.ravel(), kept_NK, layout.vocab_size)
     gaps = gap_model.GapModel.build(gaps_NK, None if kept_NK is None else kept_NK[:, 1:])
     symbols = ids.encode(ids_NK, class_N).reshape(*shape, layout.k), gaps.encode(gaps_NK).reshape(*shape, layout.k - 1)
     columns = list(_columns(layout, planes, class_N.reshape(shape), *symbols))
-    starts = range(0, len(raw_R), block_rows)
-    metas, pages = [], []
-    for (values, keep), dtype in zip(columns, stream_types(layout, ids.symbol_dtype), strict=True):
-        parts = [_part(values, keep, slice(start, start + block_rows), dtype) for start in starts]
-        meta, column = encode_stream(parts)
-        metas.append(meta)
-        pages.append(column)
-    blocks = [
-        _CRC.pack(witness(raw_R[start : start + block_rows])) + b"".join(column[index] for column in pages)
-        for index, start in enumerate(starts)
+    blocks = [slice(start, start + block_rows) for start in range(0, len(raw_R), block_rows)]
+    types = stream_types(layout, ids.symbol_dtype)
+    streams = [
+        encode_stream([column.part(rows, dtype) for rows in blocks])
+        for column, dtype in zip(columns, types, strict=True)
     ]
-    return [pack_all([ids.to_bytes(), gaps.to_bytes(), pack_all(metas)]), *blocks]
+    return Encoded(ids, gaps, columns, streams)
 
 
-def _part(values: NDArray[Any], keep: NDArray[np.bool_] | None, rows: slice, dtype: np.dtype[Any]) -> Numbers:
-    """A block's numbers in one stream, entry by entry: all tokens' first, then all tokens' second."""
-    part, mask = (None if array is None else array[rows].reshape(-1, *array.shape[2:]).T for array in (values, keep))
-    assert part is not None
-    return (part if mask is None else part[mask]).astype(dtype).ravel()
+def encode_segment(layout: Layout, raw_R: NDArray[Any], block_rows: int) -> list[bytes]:
+    """The tables of a segment, then its blocks of `block_rows` rows."""
+    encoded = encode(layout, raw_R, block_rows)
+    blocks = zip(range(0, len(raw_R), block_rows), *(pages for _, pages in encoded.streams), strict=True)
+    return [
+        encoded.tables(),
+        *(_CRC.pack(witness(raw_R[start : start + block_rows])) + b"".join(pages) for start, *pages in blocks),
+    ]
 
 
 def _columns(
     layout: Layout, planes: Planes, class_RT: NDArray[Any], ids_RTK: NDArray[Any], gaps_RTK: NDArray[Any]
-) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_] | None]]:
-    """Each stream's values over all rows, and which of them are stored; None for all."""
+) -> Iterator[Column]:
+    """Every stream of a segment, in the order of `stream_types`."""
     raw_R, kept_RTK = planes.raw_R, planes.kept_RTK
     if layout.variable:
-        yield raw_R["kept"], None
-    yield class_RT, None
+        yield Column("count", raw_R["kept"])
+    yield Column("class", class_RT)
     id_groups, gap_groups = _all_groups(layout)
     for group in id_groups:
-        yield ids_RTK[..., group], None if kept_RTK is None else kept_RTK[..., group]
+        yield Column("ids", ids_RTK[..., group], None if kept_RTK is None else kept_RTK[..., group])
     for group in gap_groups:
-        yield gaps_RTK[..., group], None if kept_RTK is None else kept_RTK[..., 1:][..., group]
+        yield Column("gaps", gaps_RTK[..., group], None if kept_RTK is None else kept_RTK[..., 1:][..., group])
     slots_RT = derived.slots(planes.tokens_RT, planes.ids_RTK, kept_RTK)
     top1, tail, lp_next = (np.ascontiguousarray(raw_R[name]).view(U16) for name in ("top1", "tail", "lp_next"))
     count_RT = None if kept_RTK is None else kept_RTK.sum(axis=-1)
-    predicted = derived.predict(layout.companding, top1, np.ascontiguousarray(raw_R["gaps"]), count_RT, slots_RT)
-    yield top1, None
-    yield derived.residual(tail, predicted.tail), None
-    yield slots_RT, None
-    yield planes.tokens_RT, derived.spelled(slots_RT, layout.k)
+    gaps_KN = np.ascontiguousarray(raw_R["gaps"].reshape(top1.size, layout.k - 1).T)
+    predicted = derived.predict(layout.companding, top1, gaps_KN, count_RT, slots_RT)
+    yield Column("top1", top1)
+    yield Column("tail", derived.residual(tail, predicted.tail))
+    yield Column("tokens", slots_RT)
+    yield Column("tokens", planes.tokens_RT, derived.spelled(slots_RT, layout.k))
     lp_residual = derived.residual(lp_next, predicted.lp_next)
-    yield lp_residual, predicted.among
-    yield lp_residual, ~predicted.among
-    yield raw_R["flags"], None
+    yield Column("lp_next", lp_residual, predicted.among)
+    yield Column("lp_next", lp_residual, ~predicted.among)
+    yield Column("flags", raw_R["flags"])
 
 
 class SegmentDecoder:
@@ -153,21 +189,20 @@ class SegmentDecoder:
         pages = _Pages(iter(self._streams), block[_CRC.size :], shape[0] * shape[1])
         count_N = pages.all().astype(np.int64) + 1 if layout.variable else None
         kept_KN = None if count_N is None else np.arange(layout.k)[:, None] < count_N
-        ids_NK = self._read_ids(pages, kept_KN)
-        gaps_NK = self._read_gaps(pages, None if kept_KN is None else kept_KN[1:])
+        ids_KN = self._read_ids(pages, kept_KN)
+        gaps_KN = self._read_gaps(pages, None if kept_KN is None else kept_KN[1:])
         top1, tail = pages.all().reshape(shape), pages.all().reshape(shape)
         slots_RT = pages.some(rows * (layout.row_tokens - 1)).reshape(rows, -1).astype(np.int64)
-        tokens_RT = _tokens(ids_NK, slots_RT, pages)
+        coded.split(layout, raw_R, "token", _tokens(ids_KN, slots_RT, pages))
+        coded.split(layout, raw_R, "ids", ids_KN.T.reshape(*shape, layout.k))
+        raw_R["gaps"] = gaps_KN.T.reshape(*shape, layout.k - 1)
         count_RT = None if count_N is None else count_N.reshape(shape)
-        gaps_RTK = gaps_NK.reshape(*shape, layout.k - 1)
-        predicted = derived.predict(layout.companding, top1, gaps_RTK, count_RT, slots_RT)
+        predicted = derived.predict(layout.companding, top1, gaps_KN, count_RT, slots_RT)
         lp_RT = np.empty(shape, U16)
         hits = int(predicted.among.sum())
         lp_RT[predicted.among] = pages.some(hits)
         lp_RT[~predicted.among] = pages.some(lp_RT.size - hits)
-        coded.split(layout, raw_R, "token", tokens_RT)
-        coded.split(layout, raw_R, "ids", ids_NK.reshape(*shape, -1))
-        raw_R["gaps"], raw_R["flags"] = gaps_RTK, pages.all().reshape(shape)
+        raw_R["flags"] = pages.all().reshape(shape)
         raw_R["top1"] = top1.view(np.float16)
         raw_R["tail"] = derived.restore(tail, predicted.tail).view(np.float16)
         raw_R["lp_next"] = derived.restore(lp_RT, predicted.lp_next).view(np.float16)
@@ -179,30 +214,18 @@ class SegmentDecoder:
 
     def _read_ids(self, pages: _Pages, kept_KN: NDArray[np.bool_] | None) -> NDArray[Any]:
         start_N = self._ids.starts_C[pages.all()]
-        ids_KN = np.empty((self.layout.k, len(start_N)), self._ids.ids.dtype)
-        for group in _all_groups(self.layout)[0]:
-            part_KN = ids_KN[group]
-            if kept_KN is None:
-                self._ids.decode(pages.some(part_KN.size).reshape(part_KN.shape), start_N, part_KN)
-                continue
-            kept = kept_KN[group]
-            part_KN[...] = ids_KN[0]  # what does not count repeats the first entry
-            start = np.broadcast_to(start_N, kept.shape)[kept]
-            part_KN[kept] = self._ids.decode(pages.some(int(kept.sum())), start, np.empty(start.shape, ids_KN.dtype))
-        return np.ascontiguousarray(ids_KN.T)
+        symbols_KN = pages.entries(_all_groups(self.layout)[0], self.layout.k, kept_KN)
+        ids_KN = self._ids.decode(symbols_KN, start_N)
+        if kept_KN is not None:
+            ids_KN = np.where(kept_KN, ids_KN, ids_KN[0])  # what does not count repeats the first entry
+        return ids_KN
 
     def _read_gaps(self, pages: _Pages, kept_KN: NDArray[np.bool_] | None) -> NDArray[np.uint8]:
-        symbols_KN = np.zeros((self.layout.k - 1, pages.tokens), U16)
-        for group in _all_groups(self.layout)[1]:
-            part_KN = symbols_KN[group]
-            if kept_KN is None:
-                part_KN[...] = pages.some(part_KN.size).reshape(part_KN.shape)
-            else:
-                part_KN[kept_KN[group]] = pages.some(int(kept_KN[group].sum()))
+        symbols_KN = pages.entries(_all_groups(self.layout)[1], self.layout.k - 1, kept_KN)
         gaps_KN = gap_model.decode_gaps(self._gaps, symbols_KN)
         if kept_KN is not None:
             gaps_KN[~kept_KN] = 0
-        return np.ascontiguousarray(gaps_KN.T)
+        return gaps_KN
 
 
 @dataclass
@@ -215,20 +238,35 @@ class _Pages:
 
     def some(self, count: int) -> Numbers:
         """The next stream's page, of `count` numbers."""
-        numbers, self.data = next(self.streams).read(self.data, count)
+        stream = next(self.streams)
+        numbers = np.empty(count, stream.dtype)
+        self.data = stream.read(self.data, numbers)
         return numbers
 
     def all(self) -> Numbers:
         """The next stream's page, of a number a token."""
         return self.some(self.tokens)
 
+    def entries(self, groups: list[slice], k: int, kept_KN: NDArray[np.bool_] | None) -> Numbers:
+        """The next streams' pages, a group of entries each, `[K, N]`; 0 where an entry does not count."""
+        streams = [next(self.streams) for _ in groups]
+        found_KN = np.zeros((k, self.tokens), streams[0].dtype if streams else U16)
+        for group, stream in zip(groups, streams, strict=True):
+            if kept_KN is None:
+                self.data = stream.read(self.data, found_KN[group].reshape(-1))
+                continue
+            numbers = np.empty(int(kept_KN[group].sum()), stream.dtype)
+            self.data = stream.read(self.data, numbers)
+            found_KN[group][kept_KN[group]] = numbers
+        return found_KN
 
-def _tokens(ids_NK: NDArray[Any], slots_RT: NDArray[np.int64], pages: _Pages) -> NDArray[np.int64]:
+
+def _tokens(ids_KN: NDArray[Any], slots_RT: NDArray[np.int64], pages: _Pages) -> NDArray[np.int64]:
     """Tokens: an entry of the position before, or spelled."""
-    k = ids_NK.shape[1]
+    k, tokens = ids_KN.shape
     spelled_RT = derived.spelled(slots_RT, k)
-    entry_RT = np.arange(ids_NK.shape[0]).reshape(len(slots_RT), -1)[:, :-1] * k + np.minimum(slots_RT, k - 1)
-    tokens_RT = np.zeros(spelled_RT.shape, np.int64)
-    tokens_RT[:, 1:] = ids_NK.ravel()[entry_RT]
+    before_RT = np.arange(tokens).reshape(len(slots_RT), -1)[:, :-1]
+    tokens_RT = np.empty(spelled_RT.shape, np.int64)
+    tokens_RT[:, 1:] = ids_KN.ravel()[np.minimum(slots_RT, k - 1) * tokens + before_RT]
     tokens_RT[spelled_RT] = pages.some(int(spelled_RT.sum()))
     return tokens_RT

@@ -64,18 +64,17 @@ class StreamDecoder:
         self.dtype = dtype
         self._chunk = _decompressor().chunk_decompressor(meta, _NAMES[dtype.itemsize])[0] if meta else None
 
-    def read(self, data: bytes, count: int) -> tuple[Numbers, bytes]:
-        """The `count` numbers of the page at the start of `data`, and what follows it."""
-        numbers = np.empty(count, self.dtype)
-        if not count:
-            return numbers, data
+    def read(self, data: bytes, numbers: Numbers) -> bytes:
+        """Fill `numbers` from the page at the start of `data`; what follows the page."""
+        if not numbers.size:
+            return data
         if self._chunk is None:
             raise IntegrityError("a block has more in it than its segment's tables say")
         try:
-            _, size = self._chunk.read_page_into(data, count, numbers)
+            _, size = self._chunk.read_page_into(data, numbers.size, numbers)
         except RuntimeError as error:
             raise IntegrityError("a block does not fit its segment's tables", why=str(error)) from error
-        return numbers, data[size:]
+        return data[size:]
 
 
 def pack_all(metas: Iterable[bytes]) -> bytes:
@@ -104,7 +103,9 @@ def unpack_numbers(data: bytes) -> Numbers:
     """The array that `pack_numbers` was given."""
     head, meta, page = unpack_all(data)
     itemsize, size = struct.unpack("<BI", head)
-    return StreamDecoder(meta, np.dtype(f"<u{itemsize}")).read(page, size)[0]
+    numbers = np.empty(size, f"<u{itemsize}")
+    StreamDecoder(meta, numbers.dtype).read(page, numbers)
+    return numbers
 
 
 def _decompressor() -> FileDecompressor:
