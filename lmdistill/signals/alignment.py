@@ -46,11 +46,13 @@ def check_alignment(
     lp_next_RT: NDArray[np.float32],
     proof: Proof,
     last_RT: NDArray[np.int64] | None = None,
+    unlisted_RT: NDArray[np.float32] | None = None,
 ) -> Misaligned | None:
     """Check one batch of contiguous arrays; None where all is well.
 
     `same_RTK` says where an id is the next token, and is False at a row's last position. `last_RT` is each token's
-    last entry where that is not the K-th for all.
+    last entry where that is not the K-th for all. `unlisted_RT` is the most that `lp_next` can be where the next token
+    is no entry, if not the last entry's log-prob.
     """
     rows, length, k = same_RTK.shape
     companding, missing_RT = proof.companding, np.isnan(lp_next_RT)
@@ -59,7 +61,10 @@ def check_alignment(
     if np.count_nonzero(missing_RT) != rows or not missing_RT[:, -1].all():
         bad_RT = missing_RT != (np.arange(length) == length - 1)
         return _first(bad_RT, lp_next_RT, np.full_like(lp_next_RT, np.nan))
-    decoded_RT, code_RT = _last_entry(logp_RTK, gaps_RTK, last_RT)
+    if unlisted_RT is None:
+        decoded_RT, code_RT = _last_entry(logp_RTK, gaps_RTK, last_RT)
+    else:
+        decoded_RT, code_RT = unlisted_RT.copy(), np.zeros((rows, length), np.uint8)
     below_RT = np.ones((rows, length), bool)  # less likely than any entry, or out of the code's reach
     hits = np.flatnonzero(same_RTK)
     token = hits // k

@@ -74,8 +74,13 @@ def code_rows(layout: Layout, tokens_RT: NDArray[Any], flags_RT: NDArray[np.uint
     return raw_R
 
 
-def decode_rows(layout: Layout, raw_R: NDArray[Any], batch: SignalsBatch) -> Misaligned | None:
-    """Decode coded rows into the arrays of `batch`; says where the log-probs do not belong to the tokens."""
+def decode_rows(
+    layout: Layout, raw_R: NDArray[Any], batch: SignalsBatch, unlisted_RT: NDArray[np.float32] | None = None
+) -> Misaligned | None:
+    """Decode coded rows into the arrays of `batch`; says where the log-probs do not belong to the tokens.
+
+    `unlisted_RT`: see `check_alignment`.
+    """
     tokens, ids = batch.tokens_RT, batch.ids_RTK
     tokens[...], ids[...] = raw_R["token"], raw_R["ids"]
     same_RTK = np.zeros(ids.shape, bool)
@@ -95,4 +100,4 @@ def decode_rows(layout: Layout, raw_R: NDArray[Any], batch: SignalsBatch) -> Mis
         same_RTK &= kept_RTK
         kept_RT = raw_R["kept"].astype(np.int64)
     proof = Proof(layout.companding, layout.cut_from or layout.k, layout.open_next is True)
-    return check_alignment(same_RTK, gaps_RTK, batch.logp_RTK, batch.lp_next_RT, proof, kept_RT)
+    return check_alignment(same_RTK, gaps_RTK, batch.logp_RTK, batch.lp_next_RT, proof, kept_RT, unlisted_RT)

@@ -15,6 +15,7 @@ from typing import Any
 from lmdistill.errors import IntegrityError
 from lmdistill.signals.codec import Companding
 from lmdistill.signals.hidden import HiddenLayout
+from lmdistill.signals.sampling import Sampling
 
 FORMAT_VERSION = 1
 DEFAULT_VARIANT = "mmap"
@@ -83,11 +84,12 @@ class Layout:
     cut_from: int | None = None  # the K at which rows were coded, where entries have been dropped since
     open_next: bool | None = None  # True: `lp_next` may be NaN anywhere, as the source did not tell it
     hidden: HiddenLayout | None = None  # hidden states beside the shards
+    sampling: Sampling | None = None  # the entries are drawn, not the top K; K is the number of draws
 
     @property
     def variable(self) -> bool:
         """Whether the number of entries varies from token to token."""
-        return self.top_p is not None
+        return self.top_p is not None or self.sampling is not None
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -207,6 +209,8 @@ class Manifest:
         if "hidden" in fields["layout"]:
             hidden = fields["layout"].pop("hidden")
             fields["layout"]["hidden"] = HiddenLayout(tuple(hidden.pop("layers")), **hidden)
+        if "sampling" in fields["layout"]:
+            fields["layout"]["sampling"] = Sampling(**fields["layout"]["sampling"])
         fields["layout"] = Layout(**fields["layout"])
         members = tuple(MemberInfo(**member) for member in fields["teacher"].pop("members", ()))
         fields["teacher"] = TeacherInfo(**fields["teacher"], members=members)

@@ -74,6 +74,11 @@ class SignalsReader:
         return self.manifest.layout.k
 
     @property
+    def sampled(self) -> bool:
+        """Whether the ids were drawn from the teacher, and have weights; else they are its top K."""
+        return self.manifest.layout.sampling is not None
+
+    @property
     def vocab_size(self) -> int:
         """Real vocabulary V: every id is below it."""
         return self.manifest.layout.vocab_size
@@ -91,7 +96,7 @@ class SignalsReader:
     def read(self, rows: Sequence[int] | NDArray[Any] | slice) -> SignalsBatch:
         """The asked rows in the asked order; raises IntegrityError where they fail the alignment proof."""
         chosen = self._chosen(rows)
-        batch = SignalsBatch.empty(chosen, self.row_tokens, self.k)
+        batch = SignalsBatch.empty(chosen, self.row_tokens, self.k, self.sampled)
         for start in range(0, len(chosen), DECODE_ROWS):
             self._decode(batch.part(slice(start, start + DECODE_ROWS)))
         return batch

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-F32 = NDArray[np.float32]
+from lmdistill.signals.codec import F32, half_step_f16
+
 MOST_DRAWS = 255  # a count is a byte
-RATIO_SLACK = 0.002  # nats: f16 ratios and coded log-probs in `surely_drawn`
 
 
 @dataclass(frozen=True)
@@ -48,21 +47,21 @@ class Sampling:
         found /= self.draws
         return np.minimum(found, np.nextafter(1.0, 0.0))  # (n − 1 + U)/n may round to 1
 
-    def weights(self, counts_RTK: NDArray[np.uint8], ratio_RTK: NDArray[Any] | None, out_RTK: F32) -> None:
-        """Write (c/n)·(p/r) of each entry: its mean over draws is p."""
+    def weigh(self, counts_RTK: NDArray[np.uint8], logp_RTK: F32, log_z_RT: F32 | None, out_RTK: F32) -> None:
+        """Write (c/n)·(p/r) of each entry, where r = p^t/z: its mean over draws is p. `log_z_RT` is None at t = 1."""
         np.multiply(counts_RTK, np.float32(1 / self.draws), out=out_RTK, dtype=np.float32)
-        if ratio_RTK is not None:
-            out_RTK *= ratio_RTK
+        if log_z_RT is not None:
+            with np.errstate(invalid="ignore"):  # −inf of entries that are not there, at t > 1
+                ratio_RTK = np.exp(np.float32(1 - self.temperature) * logp_RTK + log_z_RT[..., None])
+            out_RTK *= np.where(counts_RTK > 0, ratio_RTK, np.float32(0))
 
-    def surely_drawn(self, top_RT: F32, ratio_RT: NDArray[Any] | None) -> F32:
-        """The log-prob from which an id cannot have been missed, from one drawn id's log-prob and p/r, `[R, T]`.
+    def surely_drawn(self, log_z_RT: F32 | None, shape: tuple[int, ...]) -> F32:
+        """The log-prob from which an id cannot have been missed, `[R, T]`.
 
         Two n-ths of the mass hold one whole n-th, whichever ids come before; so r ≥ 2/n is enough.
         """
-        enough = np.float32(np.log(2 / self.draws))
-        if ratio_RT is None:
-            return np.full_like(top_RT, enough)
-        t = np.float32(self.temperature)
-        log_z_RT = (t - 1) * top_RT + np.log(ratio_RT.astype(np.float32))  # r = p^t / z
-        bound: F32 = (enough + log_z_RT) / t + np.float32(RATIO_SLACK)
+        enough = np.full(shape, np.log(2 / self.draws), np.float32)
+        if log_z_RT is None:
+            return enough
+        bound: F32 = (enough + log_z_RT + half_step_f16(log_z_RT)) / np.float32(self.temperature)
         return bound

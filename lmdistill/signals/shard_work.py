@@ -17,6 +17,7 @@ from lmdistill.pipeline.stage import Progress
 from lmdistill.signals.background import BackgroundWriter
 from lmdistill.signals.format import Layout, TeacherInfo
 from lmdistill.signals.writer import ShardJob, ShardRecord, ShardWriter, source_digest
+from lmdistill.teachers.draws import score
 from lmdistill.teachers.engine import TeacherEngine
 
 OnRecord = Callable[[ShardJob, ShardRecord], None]
@@ -58,7 +59,7 @@ class ShardWork:
         for start in range(job.span.start, job.span.stop, self.batch_rows):
             rows = slice(start, min(start + self.batch_rows, job.span.stop))
             tokens, flags = split.tokens_RT[rows].astype("int32"), split.flags_RT[rows]
-            exact = engine.score(tokens, (flags & DOC_START) != 0)
+            exact = score(engine, self.layout.sampling, (job.split, start), tokens, (flags & DOC_START) != 0)
             background.put(lambda t=tokens, f=flags, e=exact: writer.append(t, f, e))  # type: ignore[misc]
             on_tokens(tokens.size)
         background.put(lambda: on_record(job, writer.commit()))

@@ -127,7 +127,7 @@ class ShardWriter:
         self._append_hidden(exact)
         exact = truncate(exact, self.layout)
         raw_R = self._variant.code(self.layout, tokens_RT, flags_RT, exact)
-        decoded = SignalsBatch.empty(np.arange(len(raw_R)), self.layout.row_tokens, self.layout.k)
+        decoded = self._empty(len(raw_R))
         self.refuse(self._variant.decode(self.layout, raw_R, decoded))
         self.statistics.add(tokens_RT, flags_RT, exact, decoded.logp_RTK, decoded.tail_RT)
         self.append_coded(raw_R)
@@ -141,6 +141,10 @@ class ShardWriter:
             raise self._disk_error(error) from error
         self._write(self._packer.add(raw_R))
         self._rows += len(raw_R)
+
+    def _empty(self, rows: int) -> SignalsBatch:
+        layout = self.layout
+        return SignalsBatch.empty(np.arange(rows), layout.row_tokens, layout.k, layout.sampling is not None)
 
     def _append_hidden(self, exact: TopK) -> None:
         try:
@@ -232,7 +236,8 @@ class ShardWriter:
 def check_engine_output(exact: TopK, layout: Layout) -> None:
     """Raise StageError where an engine gives what no teacher can: NaN, unsorted entries, ids outside the vocabulary."""
     ids, logp = exact.ids_BTK, exact.logp_BTK
-    finite = np.isfinite(logp).all() and not np.isnan(exact.tail_BT).any()
+    there = logp if layout.sampling is None else logp[~np.isneginf(logp)]  # fewer than K ids may have been drawn
+    finite = np.isfinite(there).all() and np.isfinite(logp[..., 0]).all() and not np.isnan(exact.tail_BT).any()
     if not finite or not np.isfinite(exact.lp_next_BT[:, :-1]).all():
         raise StageError(
             "the teacher gave log-probs that are not finite",

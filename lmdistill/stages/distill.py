@@ -9,8 +9,9 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from lmdistill.errors import IntegrityError, LmdistillError, PreflightError, nearest
+from lmdistill.errors import IntegrityError, LmdistillError, PreflightError, RecipeError, nearest
 from lmdistill.pipeline.stage import Estimate, Input, PreflightContext, Stage, StageContext
+from lmdistill.teachers.sampling_keys import SAMPLED
 from lmdistill.training.config import DistillConfig
 
 SPLIT = "train"  # what training reads
@@ -29,10 +30,10 @@ class DistillStage(Stage[DistillConfig]):
 
     def preflight(self, ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
         """The loss exists. (That student and cache share their tokens is the student stage's to check.)"""
-        from lmdistill.losses.registry import names
+        from lmdistill.losses.registry import catalogue
 
         problems: list[LmdistillError] = []
-        known = names()
+        known = list(catalogue())
         if ctx.config.loss not in known:
             problems.append(
                 PreflightError(
@@ -49,7 +50,7 @@ class DistillStage(Stage[DistillConfig]):
                     fix="install g++ and python3-dev (or set CXX), or set `compile: false`",
                 )
             )
-        return problems + _unscored_split(ctx)
+        return problems + _unscored_split(ctx) + _wrong_pair(ctx)
 
     def estimate(self, ctx: PreflightContext[DistillConfig]) -> Estimate:
         """From the planned student's size: six operations a parameter and token; two resume points and the model."""
@@ -110,6 +111,21 @@ class DistillStage(Stage[DistillConfig]):
         final = metrics["final"].get("loss")
         if final is not None and not math.isfinite(final):
             raise IntegrityError(f"the loss of '{ctx.name}' is {final}", fix="lower `lr`, or use `precision: float32`")
+
+
+def _wrong_pair(ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
+    """The loss can learn from the caches it is planned on."""
+    from lmdistill.training.pairing import check_pair
+
+    try:
+        for planned in ctx.inputs.get("signals", ()):
+            sampled = getattr(planned.config, "variant", "") == SAMPLED
+            check_pair(ctx.config.loss, sampled, f"the teacher cache of stage '{planned.name}'")
+    except RecipeError:
+        return []  # no such loss: said already
+    except PreflightError as error:
+        return [error]
+    return []
 
 
 def _unscored_split(ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:

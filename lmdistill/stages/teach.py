@@ -26,6 +26,7 @@ from lmdistill.pipeline.stage import (
 )
 from lmdistill.signals.variants import TOOLS
 from lmdistill.teachers.registry import ENGINES, check_engine, create_engine, tools_of
+from lmdistill.teachers.sampling_keys import SAMPLED, draw_keys, stray_keys
 from lmdistill.teachers.token_maps import check_same_tokens, real_vocabulary, token_map
 from lmdistill.teachers.vllm_options import EndpointOptions, VllmOptions
 
@@ -77,6 +78,16 @@ class TeachConfig(StageConfig):
         default=None, description="largest |Δ log-prob| of that proof, in nats; null: what the precision explains"
     )
 
+    draws: Annotated[Annotated[int, Field(ge=1, le=255)] | None, AddedKey()] = Field(
+        default=None, description="`variant: sampled`: ids drawn a token; null: 24, of which about 12 are distinct"
+    )
+    proposal_temperature: Annotated[Annotated[float, Field(ge=0.25, le=2)] | None, AddedKey()] = Field(
+        default=None, description="with `draws`: they come from p^t, weighted by p/p^t; null: 1"
+    )
+    draw_seed: Annotated[Annotated[int, Field(ge=0)] | None, AddedKey()] = Field(
+        default=None, description="with `draws`: which are drawn; null: 0"
+    )
+
     hidden_layers: Annotated[tuple[int, ...], AddedKey()] = Field(
         default=(), description="hidden states to keep too: 0 the embeddings, n block n's output, −1 the last, normed"
     )
@@ -88,6 +99,13 @@ class TeachConfig(StageConfig):
     def _floor_below_cap(self) -> TeachConfig:
         if self.k_min > (self.k if self.top_p is not None else 1):
             raise ValueError(f"k_min is {self.k_min}: it goes with `top_p`, and is at most k ({self.k})")
+        return self
+
+    @model_validator(mode="after")
+    def _draws_go_with_sampled(self) -> TeachConfig:
+        stray = stray_keys(self, TeachConfig.model_fields)
+        if stray:
+            raise ValueError(stray)
         return self
 
     @model_validator(mode="after")
@@ -191,7 +209,7 @@ class TeachStage(Stage[TeachConfig]):
         summary = {name: first[name] for name in ("bytes_per_token", "head_mass", "teacher_nll")}
         summary["tokens"] = sum(int(figures["tokens"] or 0) for figures in statistics.values())
         proven = {"parity": json.loads(_record(ctx).read_text())} if _record(ctx).exists() else {}
-        return {"k": ctx.config.k, **summary, **proven, "splits": statistics, "digest": manifest.digest}
+        return {"k": manifest.layout.k, **summary, **proven, "splits": statistics, "digest": manifest.digest}
 
     def verify(self, ctx: StageContext[TeachConfig], metrics: dict[str, Any]) -> None:
         """Read everything again: bytes, alignment, and figures that a teacher can have."""
@@ -214,8 +232,12 @@ class TeachStage(Stage[TeachConfig]):
 def _layout(config: TeachConfig, row_tokens: int, vocab_size: int, teacher: ModelRef) -> Layout:
     """What the configuration makes of rows of `row_tokens` tokens."""
     from lmdistill.signals.format import Layout
+    from lmdistill.signals.sampling import Sampling
     from lmdistill.teachers.planned import hidden_of
 
+    if config.variant == SAMPLED:
+        sampling = Sampling(*draw_keys(config))
+        return Layout(row_tokens, sampling.draws, vocab_size, config.variant, sampling=sampling)
     k_min = config.k_min if config.top_p is not None else None
     hidden = hidden_of(config, teacher)
     return Layout(row_tokens, config.k, vocab_size, config.variant, top_p=config.top_p, k_min=k_min, hidden=hidden)
@@ -306,6 +328,10 @@ def _check_variant(ctx: PreflightContext[TeachConfig]) -> None:
     from lmdistill.signals import variant as variants
 
     variants.get(ctx.config.variant)
+    if ctx.config.variant == SAMPLED and ctx.config.engine in ENGINES:
+        from lmdistill.teachers.draws import check_draws
+
+        check_draws(ctx.config.engine)
 
 
 def _check_tokens(ctx: PreflightContext[TeachConfig]) -> None:

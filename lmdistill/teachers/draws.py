@@ -29,7 +29,7 @@ class Drawn(TopK):
     """What was drawn: the ids are those, likeliest first; what is left of K repeats the first with log-prob −inf."""
 
     counts_BTK: NDArray[np.uint8]  # how often each came
-    ratio_BTK: NDArray[np.float32]  # p/r, its probability over the proposal's
+    log_z_BT: NDArray[np.float32]  # log Σ p^t: the proposal is r = p^t/z; 0 at t = 1
 
 
 def check_draws(engine: str) -> None:
@@ -64,7 +64,7 @@ def score(
 
 
 def draw(logits_NV: Any, uniforms_Nn: Any, next_N: Any, temperature: float) -> tuple[Any, ...]:
-    """(ids, log-probs, counts, p/r `[N, n]`, mass outside them, log-prob of `next_N` `[N]`) from logits in any dtype.
+    """(ids, log-probs, counts `[N, n]`, log z, log mass outside, log-prob of `next_N` `[N]`) from logits in any dtype.
 
     Ids are distinct, likeliest first; after the last one the first is repeated with log-prob −inf and count 0.
     """
@@ -82,11 +82,10 @@ def draw(logits_NV: Any, uniforms_Nn: Any, next_N: Any, temperature: float) -> t
     logp, order = logp.sort(dim=1, descending=True, stable=True)
     ids, counts = ids.gather(1, order), counts.gather(1, order)
     ids = ids.where(counts > 0, ids[:, :1])
-    log_r = temperature * (logits.gather(1, ids) - top_N1).double() - proposal_total_N1.log()
-    ratio = (logp - log_r).exp()  # 0 where nothing was drawn
+    log_z_N = (proposal_total_N1.log() - temperature * (lse_N1 - top_N1))[:, 0]
     outside_N = (1.0 - logp.exp().sum(dim=1)).clamp_min(LEAST_TAIL).log()
     lp_next_N = logits.gather(1, next_N[:, None])[:, 0] - lse_N1[:, 0]
-    return ids.int(), logp.float(), counts.to(torch.uint8), ratio.float(), outside_N.float(), lp_next_N.float()
+    return ids.int(), logp.float(), counts.to(torch.uint8), log_z_N.float(), outside_N.float(), lp_next_N.float()
 
 
 def draw_chunks(
@@ -106,12 +105,13 @@ def draw_chunks(
             for at in range(0, len(logits_CV), step):
                 logits = logits_CV[at : at + step]
                 here = slice(start + at, start + at + len(logits))
-                beside = (column[here].to(logits.device) for column in (uniforms_Nn, next_N))
-                parts.append([column.cpu() for column in draw(logits, *beside, sampling.temperature)])
+                uniforms, following = uniforms_Nn[here].to(logits.device), next_N[here].to(logits.device)
+                drawn = draw(logits, uniforms, following, sampling.temperature)
+                parts.append([column.cpu() for column in drawn])
     columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
-    ids, logp, counts, ratio, tail, lp_next = (column.reshape(rows, length, *column.shape[1:]) for column in columns)
+    ids, logp, counts, log_z, tail, lp_next = (column.reshape(rows, length, *column.shape[1:]) for column in columns)
     lp_next[:, -1] = np.nan
-    return Drawn(ids, logp, tail, lp_next, counts, ratio)
+    return Drawn(ids, logp, tail, lp_next, counts, log_z)
 
 
 def _padded_exp(values_NV: Any) -> Any:

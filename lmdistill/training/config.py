@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lmdistill.pipeline.stage import RuntimeKey, StageConfig
+from lmdistill.pipeline.stage import AddedKey, RuntimeKey, StageConfig
 
 
 class DistillConfig(StageConfig):
@@ -22,6 +22,9 @@ class DistillConfig(StageConfig):
     temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="τ inside the teacher's top K")
     mass_weighted: bool = Field(default=True, description="weigh the tempered term with the teacher's top-K mass P")
     hinton_scaled: bool = Field(default=False, description="multiply the tempered term by τ²")
+    self_normalised: Annotated[bool, AddedKey()] = Field(
+        default=False, description="`loss: sampled_kd`: importance weights scaled to sum to 1: biased, less variance"
+    )
     tokens: Annotated[int, Field(ge=1)] = Field(
         default=1_000_000, description="tokens to train on; more than the cache holds means several epochs"
     )

@@ -57,7 +57,9 @@ def to_inputs(batch: SignalsBatch) -> dict[str, torch.Tensor]:
     counts_RT = torch.from_numpy((batch.flags_RT & LOSS) > 0)
     labels_RT = torch.full_like(tokens_RT, -100)
     labels_RT[:, :-1] = tokens_RT[:, 1:].where(counts_RT[:, :-1], -100)
+    weights = {} if batch.weight_RTK is None else {"teacher_weight": torch.from_numpy(batch.weight_RTK)}
     return {
+        **weights,
         "input_ids": tokens_RT,
         "labels": labels_RT,
         "teacher_ids": torch.from_numpy(batch.ids_RTK),

@@ -33,14 +33,17 @@ def steps_of(config: DistillConfig, row_tokens: int) -> int:
 def train(reader: SignalsReader, config: DistillConfig, place: Place, progress: Progress) -> dict[str, Any]:
     """Train, resuming from `place.work`, and save to `place.output`; returns the record for training.json.
 
-    Raises IntegrityError where the checkpoints in `place.work` belong to other data, student or settings.
+    Raises IntegrityError where the checkpoints in `place.work` belong to other data, student or settings,
+    PreflightError where the loss cannot learn from this cache.
     """
     from transformers import set_seed
 
     from lmdistill.checkpoints import load_model, save_model
     from lmdistill.training import optimizer
+    from lmdistill.training.pairing import check_pair
     from lmdistill.training.trainer import last_checkpoint
 
+    check_pair(config.loss, reader.sampled, f"the teacher cache {reader.folder}")
     set_seed(config.seed)
     refuse_other_tokens(reader, place.student)
     refuse_foreign_checkpoints(reader, config, place)
@@ -133,7 +136,7 @@ def _trainer(model: Any, reader: SignalsReader, config: DistillConfig, place: Pl
     from lmdistill.training.student_forward import attach_loss
     from lmdistill.training.trainer import CheckpointSeal, DistillationTrainer, ProgressReport
 
-    options = LossOptions(config.temperature, config.mass_weighted, config.hinton_scaled)
+    options = LossOptions(config.temperature, config.mass_weighted, config.hinton_scaled, config.self_normalised)
     mix = Mix(registry.get(config.loss), options, *config.weights())
     attach_loss(model, mix, config.chunk)
     steps = steps_of(config, reader.row_tokens)

@@ -30,6 +30,7 @@ def attach_loss(model: Any, mix: Mix, chunk: int) -> Any:
         teacher_ids: torch.Tensor,
         teacher_logp: torch.Tensor,
         teacher_tail: torch.Tensor,
+        teacher_weight: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
@@ -44,6 +45,7 @@ def attach_loss(model: Any, mix: Mix, chunk: int) -> Any:
             teacher_ids[counts_RT].long(),
             teacher_logp[counts_RT],
             teacher_tail[counts_RT],
+            None if teacher_weight is None else teacher_weight[counts_RT],
         )
         with torch.autocast(hidden_ND.device.type, enabled=False):
             sums = fused_head_loss(hidden_ND, self.lm_head.weight, targets, mix, chunk)

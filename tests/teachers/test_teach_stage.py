@@ -146,3 +146,38 @@ def test_a_corpus_that_changed_is_refused(toy, corpus, tmp_path):
     changed = Artefact("corpus", "corpus", "corpus", "f" * 64, tmp_path / "corpus")
     with pytest.raises(IntegrityError, match="not what was written"):
         STAGE.run(running(toy, changed, tmp_path / "out"))
+
+
+def test_a_sampled_cache_is_drawn_and_proven(toy, corpus, tmp_path):
+    """Same bytes again; its entries are drawn, at most `draws` a token; no K."""
+    settings = TeachConfig(variant="sampled", draws=10, draw_seed=3, shard_rows=4, batch_rows=2)
+    first, second = (
+        StageContext(
+            "teach", settings, {"corpus": [corpus]}, toy, tmp_path / name, tmp_path, runtime=Runtime(device="cpu")
+        )
+        for name in ("one", "two")
+    )
+    metrics = STAGE.run(first)
+    assert STAGE.run(second) == metrics
+    STAGE.verify(first, metrics)
+    assert metrics["k"] == 10
+    batch = SignalsReader(first.out).read(slice(None))
+    np.testing.assert_allclose(batch.weight_RTK.sum(-1), 1, atol=1e-6)
+    assert (batch.ids_RTK < VOCAB).all()
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    ({"draws": 8}, "draws: goes with `variant: sampled`, not mmap"),
+    ({"variant": "compact", "draw_seed": 0}, "draw_seed: goes with `variant: sampled`, not compact"),
+    ({"variant": "sampled", "k": 8, "top_p": 0.9}, "k, top_p: does not go with `variant: sampled`"),
+    ({"variant": "sampled", "draws": 256}, "less than or equal to 255"),
+])  # fmt: skip
+def test_keys_of_one_kind_of_cache_are_refused_for_the_other_by_name(keys, message):
+    with pytest.raises(ValidationError, match=message):
+        TeachConfig(**keys)
+
+
+def test_an_engine_that_cannot_draw_is_refused_first(toy, corpus, tmp_path):
+    errors = STAGE.preflight(before(toy, corpus, tmp_path, variant="sampled", engine="vllm"))
+    assert any("engine 'vllm' cannot draw ids" in error.what for error in errors)
+    assert STAGE.preflight(before(toy, corpus, tmp_path, variant="sampled")) == []
