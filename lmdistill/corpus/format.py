@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ PAD = 4  # padding
 TRAIN, VALID = "train", "valid"
 TOKENIZER_FOLDER = "tokenizer"
 META_FILE = "corpus.json"
+DIGEST_ROWS = 1024  # tokens and flags take turns so often in a split's digest
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -36,10 +38,16 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 def tokens_digest(tokens_RT: NDArray[Any], flags_RT: NDArray[Any]) -> str:
     """sha256 over shape, ids (as u32) and flags of a split's rows [R, T]: what a cache made from it must match."""
-    sha = hashlib.sha256(json.dumps(list(tokens_RT.shape)).encode())
-    for start in range(0, len(tokens_RT), 1024):
-        sha.update(np.ascontiguousarray(tokens_RT[start : start + 1024], dtype="<u4").tobytes())
-        sha.update(np.ascontiguousarray(flags_RT[start : start + 1024], dtype="u1").tobytes())
+    blocks = (slice(start, start + DIGEST_ROWS) for start in range(0, len(tokens_RT), DIGEST_ROWS))
+    return digest_of_blocks(tokens_RT.shape, ((tokens_RT[block], flags_RT[block]) for block in blocks))
+
+
+def digest_of_blocks(shape: tuple[int, ...], blocks: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> str:
+    """`tokens_digest` of rows that come DIGEST_ROWS at a time."""
+    sha = hashlib.sha256(json.dumps(list(shape)).encode())
+    for tokens_RT, flags_RT in blocks:
+        sha.update(np.ascontiguousarray(tokens_RT, dtype="<u4").tobytes())
+        sha.update(np.ascontiguousarray(flags_RT, dtype="u1").tobytes())
     return sha.hexdigest()
 
 

@@ -1,0 +1,1 @@
+"""Teacher caches from other caches: converted, merged, and imported from other programs' data."""
