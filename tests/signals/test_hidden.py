@@ -133,14 +133,14 @@ def test_log_probs_are_read_without_them(cache, tmp_path):
 
 
 def test_every_flipped_byte_is_found_and_located(cache, tmp_path):
-    """200 single-byte flips at random places: each is named by file, block, rows and byte range."""
+    """100 single-byte flips at random places: each is named by file, block, rows and byte range."""
     _, out = cache
     for name, data in contents(out).items():
         (tmp_path / name).write_bytes(data)
     rng = np.random.default_rng(0)
     files = sorted(tmp_path.glob("*.hid"))
     row_bytes = sum(file.stat().st_size for file in files) // ROWS
-    for _ in range(200):
+    for _ in range(100):
         file = files[rng.integers(len(files))]
         data = bytearray(file.read_bytes())
         at, whole = int(rng.integers(len(data))), bytes(data)

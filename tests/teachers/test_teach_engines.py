@@ -16,8 +16,11 @@ from lmdistill.asset_spec import AssetSpec
 from lmdistill.assets import model_folder
 from lmdistill.checkpoints import copy_tokenizer, load_tokenizer
 from lmdistill.errors import IntegrityError, PreflightError
+from lmdistill.pipeline.jobs import model_from_json, model_to_json
 from lmdistill.pipeline.keys import assets_in, semantic
+from lmdistill.pipeline.plan import make_plan
 from lmdistill.pipeline.stage import ModelRef, SilentProgress
+from lmdistill.recipe import load_recipe
 from lmdistill.signals.reader import SignalsReader
 from lmdistill.stages.teach import TeachConfig, TeachStage
 from lmdistill.teachers.llama_cpp_engine import QUANTISED_BOUND
@@ -161,3 +164,20 @@ def test_keys_at_their_defaults_leave_the_fingerprint_alone():
     kept = semantic(TeachConfig(hidden_layers=(1,), ensemble=("a",)), lambda asset: asset.source)
     assert kept["hidden_layers"] == [1]
     assert kept["ensemble"] == [{"asset": "a"}]
+
+
+def test_a_plan_brings_the_ensemble_s_teachers_as_models(toy, others, tmp_path):
+    """With the recipe's teacher first, each once, and not among the data; a GGUF's path goes with the job."""
+    recipe = tmp_path / "recipe.yaml"
+    source = tmp_path / "text.jsonl"
+    source.write_text('{"text": "w1 w2"}\n')
+    recipe.write_text(
+        f"name: mean\nteacher: {toy.path}\nstages:\n"
+        f"- {{stage: corpus, sources: [{{source: {source}, text: text}}]}}\n"
+        f"- {{stage: teach, ensemble: [{others[0].path}, {toy.path}]}}\n"
+    )
+    plan = make_plan(load_recipe(recipe), tmp_path / "run")
+    assert [spec.source for spec in plan.model_assets()] == [str(toy.path), str(others[0].path)]
+    assert [spec.source for spec in plan.data_assets()] == [str(source)]
+    for model in (replace(toy, gguf=tmp_path / "a.gguf"), toy, None):
+        assert model_from_json(json.loads(json.dumps(model_to_json(model)))) == model
