@@ -65,7 +65,7 @@ def _set_environment(options: EngineOptions) -> None:
 
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("VLLM_CACHE_ROOT", str(cache_dir() / "vllm"))
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of each tensor whose precision it changes
     if options.threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
 

@@ -39,8 +39,8 @@ class VllmServerEngine(PromptEngine):
 
     def ask(self, prompts: Sequence[list[int]], k: int) -> Iterator[Entries]:
         """One HTTP request a prompt, `concurrency` at a time, in order; the first failure stops those not begun."""
-        limit = need_endpoint(self._options.endpoint).concurrency
-        with ThreadPoolExecutor(limit, thread_name_prefix="vllm-endpoint") as pool:
+        options = self._endpoint.options
+        with ThreadPoolExecutor(options.concurrency, thread_name_prefix="vllm-endpoint") as pool:
             waiting = [pool.submit(self._ask_one, tokens, k) for tokens in prompts]
             try:
                 for answer in waiting:

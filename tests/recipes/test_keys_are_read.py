@@ -26,9 +26,11 @@ NAMES = {
     "Gate": {"gate"},
     "Bound": {"bound"},
     "RuntimeSection": {"runtime"},
+    "VllmOptions": {"vllm"},
+    "EndpointOptions": {"options"},
 }
-# Written out whole into a dataclass with the same fields, which refuses one that it lacks.
-DUMPED = ("SpeedConfig", "RuntimeSection")
+# Written out whole into a dataclass or a call (vllm.LLM) with the same fields, which refuses one that it lacks.
+DUMPED = ("SpeedConfig", "RuntimeSection", "VllmOptions")
 
 
 def nested(model: type[BaseModel]) -> Iterator[type[BaseModel]]:

@@ -6,6 +6,7 @@ The embedded teacher on English prose, offline and behind a started server, agai
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +41,7 @@ LFM2 = {
     "conv_dim": WIDE["hidden_size"],
     "block_multiple_of": 32,
 }
+START_SECONDS = 3600  # of a server: half a minute on an idle machine, far more on a busy one
 DEVICE = Runtime().resolve_device()
 
 
@@ -170,21 +172,24 @@ def server(teacher, tmp_path_factory) -> Iterator[str]:
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("w") as file:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments.split()]
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         wait_for(url, process, log)
         yield url
     finally:
-        process.terminate()
-        process.wait(60)
+        os.killpg(process.pid, signal.SIGKILL)  # its engine and workers too
+        process.wait()
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     import urllib.error
     import urllib.request
 
-    for _ in range(900):
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until:
         assert process.poll() is None, log.read_text()[-3000:]
         try:
             urllib.request.urlopen(f"{url}/v1/models", timeout=5).close()
