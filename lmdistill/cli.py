@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from lmdistill.cli_cache import cache_app
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -20,7 +22,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-cache_app = typer.Typer(help="Look into a teacher cache and check it.", rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
 
 
@@ -165,37 +166,10 @@ def _print_keys(name: str) -> None:
         meaning = f"{key.description} (runtime)" if key.runtime else key.description
         table.add_row(*(Text(cell) for cell in (key.path, key.type, key.default, meaning)))
     _console().print(table)
-
-
-@cache_app.command("info")
-def cache_info(folder: Annotated[Path, typer.Argument(help="A signals artefact, or its out folder.")]) -> None:
-    """Describe a teacher cache: teacher, tokens, K, bytes a token, head mass."""
-    from lmdistill.signals import inspect
-
-    for key, value in inspect.describe(_signals_folder(folder)).items():
-        typer.echo(f"{key}: {value}")
-
-
-@cache_app.command("verify")
-def cache_verify(folder: Annotated[Path, typer.Argument(help="A signals artefact, or its out folder.")]) -> None:
-    """Check every shard's digest, and that the cached log-probs belong to the cached tokens."""
-    from rich.progress import Progress
-
-    from lmdistill.errors import IntegrityError
-    from lmdistill.signals import inspect
-
-    with Progress(console=_console(stderr=True), transient=True) as bar:
-        task = bar.add_task("checking")
-        problems = inspect.verify(
-            _signals_folder(folder), lambda done, total: bar.update(task, completed=done, total=total)
-        )
-    if problems:
-        raise IntegrityError("\n".join(problems), fix="run the recipe's teach stage again")
-    typer.echo("every shard is what was written, and belongs to its tokens")
-
-
-def _signals_folder(folder: Path) -> Path:
-    return folder / "out" if (folder / "out").is_dir() else folder
+    for choice, names in stage.choices().items():
+        typer.echo(f"{choice}: one of")
+        for each, meaning in names.items():
+            typer.echo(f"  {each:<18} {meaning}")
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -79,7 +79,7 @@ def token_bytes(folder: Path) -> NDArray[np.uint32]:
     pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((t, i) for i, (t, _) in enumerate(vocabulary))
     lengths = (
         {index: len(token) for token, index in pairs}
-        if _is_byte_level(content)
+        if is_byte_level(content)
         else {
             index: 1 if BYTE_TOKEN.fullmatch(token) else len(token.replace("▁", " ").encode()) for token, index in pairs
         }
@@ -91,7 +91,8 @@ def token_bytes(folder: Path) -> NDArray[np.uint32]:
     return table
 
 
-def _is_byte_level(content: dict[str, Any]) -> bool:
+def is_byte_level(content: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json spells one byte a character."""
     return '"ByteLevel"' in json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
 
 

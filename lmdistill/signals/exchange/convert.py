@@ -23,7 +23,7 @@ from lmdistill.signals import variant as variants
 from lmdistill.signals.batch import SignalsBatch
 from lmdistill.signals.codec import logsumexp
 from lmdistill.signals.exchange.folder import carry_tokenizer, made_whole
-from lmdistill.signals.exchange.rows import Cache, Chunk, split_entry, tokens_of
+from lmdistill.signals.exchange.rows import Cache, Chunk, keeps_top_k, split_entry, tokens_of
 from lmdistill.signals.format import MANIFEST_FILE, Layout, Manifest, ShardEntry, record_name
 from lmdistill.signals.shard_work import Meter
 from lmdistill.signals.statistics import Statistics
@@ -78,6 +78,12 @@ def _target(layout: Layout, variant: str, k: int) -> Layout:
         )
     if k == layout.k:
         return replace(layout, variant=variant)
+    if not keeps_top_k(variant):
+        raise PreflightError(
+            f"a cache of variant '{variant}' cannot lose entries",
+            why="it keeps draws, each of which counts",
+            fix="leave out --k; fewer draws are another capture",
+        )
     fewest = None if layout.k_min is None else min(layout.k_min, k)
     return replace(layout, variant=variant, k=k, k_min=fewest, cut_from=layout.cut_from or layout.k)
 

@@ -109,6 +109,11 @@ class Cache:
         return rows_digest(entry.rows, self.layout.row_tokens, self.tokens(entry.shards))
 
 
+def keeps_top_k(variant: str) -> bool:
+    """Whether rows of a variant are the teacher's K most likely, coded as all such variants code them."""
+    return type(variants.get(variant)).code is variants.Variant.code
+
+
 def tokens_of(layout: Layout, raw_R: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.uint8]]:
     """Tokens and flags `[R, T]` of coded rows."""
     return coded.joined(layout, raw_R, "token").astype(np.uint32), raw_R["flags"].copy()
