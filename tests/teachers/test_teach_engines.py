@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from teach_corpora import before, contents, running, save_corpus
-from teachers_toys import VOCAB, save_tokenizer, save_toy
+from teach_contexts import before, contents, running
+from teachers_toys import VOCAB, save_corpus, save_tokenizer, save_toy
 
 from lmdistill.asset_spec import AssetSpec
 from lmdistill.assets import model_folder

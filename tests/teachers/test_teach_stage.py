@@ -7,11 +7,12 @@ import shutil
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from teach_contexts import before, running
 from teachers_toys import VOCAB, save_corpus, save_tokenizer
 
 from lmdistill.errors import IntegrityError, PreflightError
 from lmdistill.pipeline.keys import semantic
-from lmdistill.pipeline.stage import Artefact, Planned, PreflightContext, Runtime, StageConfig, StageContext
+from lmdistill.pipeline.stage import Artefact, Runtime, StageContext
 from lmdistill.signals.reader import SignalsReader
 from lmdistill.stages.teach import TeachConfig, TeachStage
 
@@ -25,17 +26,6 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     save_tokenizer(folder / "out/tokenizer")
     return save_corpus(folder, np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH)))
-
-
-def before(teacher, artefact, tmp_path, **config):
-    planned = Planned("corpus", "corpus", "corpus", "f" * 64, StageConfig(), artefact=artefact)
-    return PreflightContext("teach", TeachConfig(**config), {"corpus": [planned]}, teacher, tmp_path)
-
-
-def running(teacher, artefact, out, **config):
-    settings = TeachConfig(k=8, shard_rows=4, batch_rows=2, **config)
-    runtime = Runtime(device="cpu")
-    return StageContext("teach", settings, {"corpus": [artefact]}, teacher, out, out, runtime=runtime)
 
 
 def test_a_good_plan_passes_and_is_estimated(toy, corpus, tmp_path):
