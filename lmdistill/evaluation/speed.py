@@ -1,7 +1,8 @@
 """Device benchmarks as llama-bench does them: prefill, decode and peak memory of every file, side by side.
 
 Each file lives in a process of its own, so that its peak memory is its own. In each round every file is timed
-once, one after the other, with the same threads: what drifts (heat, other work) drifts for all of them.
+once, one after the other, with the same threads, and the next round goes backwards: what drifts (heat, other work)
+drifts for all of them, and nobody always comes after the same file.
 """
 
 from __future__ import annotations
@@ -129,8 +130,9 @@ def measure(
             for place, target in enumerate(targets)
         ]
         for turn in range(plan.repeats + 1):
+            order = workers[::-1] if turn % 2 else workers  # who comes right after whom shall not favour anyone
             for phase, tokens in sizes.items():
-                for worker in workers:
+                for worker in order:
                     seconds = worker.ask(phase, tokens)
                     if turn > 0:
                         rates[worker.target.name][phase].append(tokens / seconds)
