@@ -133,6 +133,22 @@ def test_lossy_captures_make_caches_that_prove_themselves(documents, options, tm
     np.testing.assert_allclose(decoded, np.exp(exact.logp_BTK[0, :scored, :12].astype("f8")).sum(-1), atol=0.03)
 
 
+def test_a_curve_that_says_more_than_1_is_scaled_and_exact_values_stay(options, tmp_path):
+    """One exact value and a coarse fit, as DistillKit recommends where storage is scarce, overshoots peaked tokens."""
+    sharp = spoken(4, [30, 30], 16, scale=8.0)
+    budget = {"exact_k": 1, "exact_dtype": "bfloat16", "polynomial_terms": [0, 1, "sqrt"]}
+    fitted = np.exp(compress(sharp[0][1].logp_BTK[0], SETTINGS | budget)[1]).sum(-1)
+    assert fitted.max() > 1.05
+    write_compressed(tmp_path / "data", sharp, budget)
+    import_cache(tmp_path / "data", tmp_path / "out", options)
+    batch = SignalsReader(tmp_path / "out").read(slice(None))
+    scored = batch.flags_RT & LOSS > 0
+    top = np.concatenate([exact.logp_BTK[0, :-1, 0] for _, exact in sharp])
+    np.testing.assert_allclose(batch.logp_RTK[scored][:, 0], top, rtol=0.01, atol=2e-3)
+    total = np.exp(batch.logp_RTK.astype("f8")).sum(-1) + np.exp(batch.tail_RT.astype("f8"))
+    np.testing.assert_allclose(total, 1, atol=1e-3)
+
+
 def test_rows_that_were_packed_are_taken_apart(documents, options, tmp_path):
     """`attention_mask` numbers the documents of a packed row; 0 is padding. None predicts into the next."""
     first, second = documents[0], documents[1]

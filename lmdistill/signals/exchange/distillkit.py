@@ -24,9 +24,10 @@ from lmdistill.signals.exchange.distillkit_codec import (
     Compression,
     LegacyCompression,
     load_config,
+    plausible,
     unpack_bits,
 )
-from lmdistill.signals.exchange.document import Document, Entries
+from lmdistill.signals.exchange.document import TAIL_FLOOR, Document, Entries
 from lmdistill.signals.exchange.source import Ragged, Record, field_names, read
 
 LAYOUTS = {
@@ -160,18 +161,24 @@ class DistillKit:
             packed = -(-self.settings.k * self.settings.id_bits // 8)
             bits = self._dense(record, columns, "bytepacked_indices", packed).astype(np.uint8)
             ids_PK = unpack_bits(bits, self.settings.id_bits, self.settings.k).astype(np.int64)
-            return ids_PK, self.settings.logprobs(data.astype(np.uint8))
+            return ids_PK, self._in_bounds(self.settings.logprobs(data.astype(np.uint8)))
         if isinstance(self.settings, LegacyCompression):
             words = self._dense(record, columns, "packed_indices", self.settings.words)
             exact = self._dense(record, columns, "exact_values", self.settings.exact_k)
             curve = self._dense(record, columns, "coeffs", self.settings.terms)
-            return self.settings.ids(words.astype(np.uint64)), self.settings.logprobs(exact, curve)
+            ids_PK = self.settings.ids(words.astype(np.uint64))
+            return ids_PK, self._in_bounds(self.settings.logprobs(exact, curve))
         ids, values = columns["token_ids"], columns["top_values"]
         if (ids.lengths != values.lengths).any():
             record.fail("top_values", "has other lengths than token_ids", "a log-prob for each id")
         widest = int(ids.lengths.max(initial=1))
         logp = values.dense(widest, -np.inf) if values.values.dtype.kind == "f" else values.dense(widest, -1)
         return ids.dense(widest, 0).astype(np.int64), logp.astype(np.float32)
+
+    def _in_bounds(self, logp_PK: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Fitted values as probabilities can be; exact ones as they are."""
+        exact_k = logp_PK.shape[1] if self.settings is None else self.settings.exact_k
+        return logp_PK if exact_k == logp_PK.shape[1] else plausible(logp_PK, exact_k, 1 - TAIL_FLOOR)
 
     @staticmethod
     def _column(record: Record, name: str) -> Ragged:

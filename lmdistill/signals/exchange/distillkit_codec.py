@@ -141,6 +141,19 @@ class LegacyCompression(BaseModel):
         return ids.reshape(len(words_PW), -1)[:, : self.k].astype(np.int64)
 
 
+def plausible(values_PK: NDArray[np.float32], exact_k: int, room: float) -> NDArray[np.float32]:
+    """Log-probs of which all but the first `exact_k` lie on a fitted curve, as probabilities can be.
+
+    What was fitted descended and summed to at most 1; the curve need not. It is held below what comes before it, and
+    where all would be more than `room` it is scaled; the exact values stay.
+    """
+    falling_PK = np.minimum.accumulate(values_PK.astype(np.float64), axis=1)
+    exact_P, curve_P = (np.exp(part).sum(axis=1) for part in (falling_PK[:, :exact_k], falling_PK[:, exact_k:]))
+    over_P = (exact_P + curve_P > room) & (exact_P < room)
+    falling_PK[over_P, exact_k:] += np.log((room - exact_P[over_P]) / curve_P[over_P])[:, None]
+    return falling_PK.astype(np.float32)
+
+
 def width(name: str) -> int:
     """Bytes of a number."""
     return {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[name]
