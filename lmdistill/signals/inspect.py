@@ -46,6 +46,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "teacher": manifest.teacher.fields,
         "tokenizer_digest": manifest.tokenizer_digest,
         "chat_template_digest": manifest.chat_template_digest,
+        **({"imported": [asdict(source) for source in manifest.imported]} if manifest.imported else {}),
         "splits": splits,
     }
 

@@ -21,6 +21,16 @@ class CachedCorpusConfig(StageConfig):
         default=None, description="the tokenizer of its tokens; null: the one in the cache's folder (imports have it)"
     )
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that the cache has; none where there is no cache."""
+        from lmdistill.signals.exchange.as_corpus import open_cache
+
+        try:
+            return tuple(open_cache(self.cache).manifest.splits)
+        except LmdistillError:  # said by this stage's own preflight
+            return ()
+
 
 class CachedCorpusStage(Stage[CachedCorpusConfig]):
     """A teacher cache's rows as a corpus; `cached_signals` brings its predictions."""

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from lmdistill.asset_spec import AssetSpec
 from lmdistill.errors import IntegrityError, LmdistillError, PreflightError
-from lmdistill.pipeline.stage import Input, PreflightContext, Stage, StageConfig, StageContext
+from lmdistill.pipeline.stage import Estimate, Input, PreflightContext, Stage, StageConfig, StageContext
 
 TRAINED = "train"  # the split that distill reads
 
@@ -18,6 +18,16 @@ class CachedSignalsConfig(StageConfig):
     """Which cache."""
 
     cache: AssetSpec = Field(description="folder of a teacher cache, as `lmdistill cache import|merge|convert` writes")
+
+    @property
+    def variant(self) -> str:
+        """How the cache is stored, as `teach`'s key of this name: losses go by it. Empty where there is no cache."""
+        from lmdistill.signals.exchange.as_corpus import open_cache
+
+        try:
+            return open_cache(self.cache).layout.variant
+        except LmdistillError:  # said by this stage's own preflight
+            return ""
 
 
 class CachedSignalsStage(Stage[CachedSignalsConfig]):
@@ -47,6 +57,13 @@ class CachedSignalsStage(Stage[CachedSignalsConfig]):
         except LmdistillError as error:
             return [error]
         return []
+
+    def estimate(self, ctx: PreflightContext[CachedSignalsConfig]) -> Estimate:
+        """The shards' bytes, where they cannot be linked."""
+        from lmdistill.signals.exchange.as_corpus import open_cache
+
+        splits = open_cache(ctx.config.cache).manifest.splits.values()
+        return Estimate(disk_bytes=sum(shard.bytes for split in splits for shard in split.shards))
 
     def run(self, ctx: StageContext[CachedSignalsConfig]) -> dict[str, Any]:
         """Take the cache's files; every byte is checked."""

@@ -125,6 +125,13 @@ def _missing_split(ctx: PreflightContext[EvaluateConfig]) -> Iterable[LmdistillE
                 why="its valid_fraction is 0",
                 fix=f"raise `valid_fraction` of '{corpus.name}', or name another `split`",
             )
+        cached = getattr(corpus.config, "splits", None)  # of a teacher cache that is there already
+        if cached and ctx.config.split not in cached:
+            yield PreflightError(
+                f"stage '{ctx.name}': the corpus '{corpus.name}' will have no split '{ctx.config.split}'",
+                why=f"its cache has {', '.join(cached)}",
+                fix="import with --valid-fraction, or name another `split`",
+            )
 
 
 def _missing_models(ctx: PreflightContext[EvaluateConfig]) -> Iterable[LmdistillError]:

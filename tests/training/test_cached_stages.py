@@ -21,6 +21,7 @@ from lmdistill.signals.reader import SignalsReader
 from lmdistill.stages.cached_corpus import CachedCorpusConfig, CachedCorpusStage
 from lmdistill.stages.cached_signals import CachedSignalsConfig, CachedSignalsStage
 from lmdistill.stages.distill import DistillStage
+from lmdistill.stages.evaluate import EvaluateConfig, EvaluateStage
 from lmdistill.training.config import DistillConfig
 
 
@@ -131,6 +132,18 @@ def test_what_is_missing_is_known_before_a_run(signals, tmp_path):
     assert "is not the one of the cache" in told(cache=str(signals.out), tokenizer=str(tmp_path / "other"))
     save_word_tokenizer(tmp_path / "same")
     assert not told(cache=str(signals.out), tokenizer=str(tmp_path / "same"))
+
+
+def test_evaluate_and_distill_know_what_the_cache_has(signals, corpus, tmp_path):
+    """Its splits and its variant, before anything runs."""
+    cached = CachedCorpusConfig(cache=str(signals.out))
+    planned = {"corpus": [Planned("cached", "cached_corpus", "corpus", "c" * 64, cached)]}
+    found = objections(EvaluateStage(), EvaluateConfig(split="valid"), planned, tmp_path)
+    assert "will have no split 'valid'" in found
+    assert "--valid-fraction" in found
+    assert "will have no split" not in objections(EvaluateStage(), EvaluateConfig(split="train"), planned, tmp_path)
+    assert CachedSignalsConfig(cache=str(signals.out)).variant == "mmap"
+    assert CachedSignalsConfig(cache=str(tmp_path / "none")).variant == ""
 
 
 def test_a_damaged_cache_is_not_taken(signals, corpus, tmp_path):
