@@ -29,7 +29,7 @@ test: $(VENV)/.installed
 # vLLM in an environment of its own, on the CPU: its engines against the transformers engine on the embedded teacher.
 test-vllm: $(VENV)/.installed $(VLLM_VENV)/.installed
 	PYTHONPATH=tests $(BIN)/python -c 'from conftest import embedded_teacher; embedded_teacher()'
-	$(VLLM_BIN)/python -m pytest tests/teachers/test_vllm_real.py --durations=0 -rs
+	$(VLLM_BIN)/python -m pytest tests/teachers/test_vllm_real.py --durations=0 -rsP
 
 install: $(VENV)/.installed
 
