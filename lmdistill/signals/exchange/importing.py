@@ -5,8 +5,9 @@ Axes: R rows, T tokens in a row, K entries of a token.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from lmdistill.signals.exchange.document import TAIL_FLOOR, Document, Reading
 from lmdistill.signals.exchange.folder import made_whole
 from lmdistill.signals.exchange.import_writing import Writing
 from lmdistill.signals.exchange.offsets import Offsets
-from lmdistill.signals.exchange.placing import PACKING, in_rows
+from lmdistill.signals.exchange.placing import PACKING, Shape, in_rows
 from lmdistill.signals.exchange.rows import Cache, keeps_top_k, split_entry
 from lmdistill.signals.exchange.source import data_files
 from lmdistill.signals.exchange.tokenizer_check import check_tokenizer
@@ -55,15 +56,14 @@ class ImportOptions:
     drop_unmatched: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outline:
     """What the first reading finds."""
 
-    documents: int = 0
-    without_target: int = 0
-    longest: int = 0
-    cut: int = 0  # documents longer than a row
-    rows: dict[str, int] = field(default_factory=dict)  # by split
+    documents: int
+    without_target: int
+    cut: int  # documents longer than a row
+    rows: dict[str, int]  # by split
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def import_cache(source: Path, out: Path, options: ImportOptions, progress: Prog
         meter = Meter(sum(outline.rows.values()) * row_tokens, progress or SilentProgress())
         teacher, offsets = _teacher(source, options), Offsets(options.alignment)
         work = Writing(target, layout, teacher, reading, offsets, padding, meter)
-        records = work.run(in_rows(data.documents(), row_tokens, options.valid_fraction), outline.rows)
+        shaped = ((Shape.of(document, options.valid_fraction), document) for document in data.documents())
+        records = work.run(in_rows(shaped, row_tokens), outline.rows)
         offsets.judge()
         manifest = _manifest(target, work, records, options, digest)
         copy_tokenizer(options.tokenizer, target / TOKENIZER_FOLDER)
@@ -226,17 +227,16 @@ def _reading(data: SourceData, options: ImportOptions, vocabulary: int) -> Readi
 
 def _outline(data: SourceData, options: ImportOptions) -> tuple[Outline, int]:
     """The first reading, and the tokens of a row."""
-    outline = Outline()
-    for document in data.documents():
-        outline.documents += 1
-        outline.longest = max(outline.longest, len(document.ids_L))
-        outline.without_target += not document.counted_L.any()
-        outline.cut += options.row_tokens is not None and len(document.ids_L) > options.row_tokens
-    row_tokens = options.row_tokens or outline.longest
+    shapes = [Shape.of(document, options.valid_fraction) for document in data.documents()]
+    row_tokens = options.row_tokens or max((shape.length for shape in shapes), default=0)
     if row_tokens < 2:
         raise PreflightError("no document has two tokens", fix="check the file and --row-tokens")
-    for split, _ in in_rows(data.documents(), row_tokens, options.valid_fraction):
-        outline.rows[split] = outline.rows.get(split, 0) + 1
+    outline = Outline(
+        documents=len(shapes),
+        without_target=sum(shape.first_counted is None for shape in shapes),
+        cut=sum(shape.length > row_tokens for shape in shapes),
+        rows=dict(Counter(split for split, _ in in_rows(((shape, shape) for shape in shapes), row_tokens))),
+    )
     for split in (TRAIN, *([VALID] if options.valid_fraction else [])):
         if not outline.rows.get(split):
             raise PreflightError(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,27 +20,39 @@ from lmdistill.teachers.engine import TopK
 
 PACKING = "isolate"
 Row = list[Document]
+Item = TypeVar("Item")
 
 
-def split_of(document: Document, valid_fraction: float) -> str:
-    """The split of a document: a hash of its tokens decides, so that equal ones stay together."""
-    digest = hashlib.sha256(document.ids_L.astype("<u4").tobytes()).digest()
-    return VALID if int.from_bytes(digest[:8]) < valid_fraction * 2**64 else TRAIN
+@dataclass(frozen=True)
+class Shape:
+    """What of a document decides where it goes."""
+
+    split: str
+    length: int
+    first_counted: int | None  # position of the first prediction that counts; None: there is none
+
+    @classmethod
+    def of(cls, document: Document, valid_fraction: float) -> Shape:
+        """A hash of its tokens decides the split, so that equal documents stay together."""
+        digest = hashlib.sha256(document.ids_L.astype("<u4").tobytes()).digest()
+        split = VALID if int.from_bytes(digest[:8]) < valid_fraction * 2**64 else TRAIN
+        counted = np.flatnonzero(document.counted_L)
+        return cls(split, len(document.ids_L), int(counted[0]) if len(counted) else None)
 
 
-def in_rows(documents: Iterable[Document], row_tokens: int, valid_fraction: float) -> Iterator[tuple[str, Row]]:
-    """Each row as it is full, with its split; documents without a target are left out."""
-    rows: dict[str, Row] = {}
+def in_rows(items: Iterable[tuple[Shape, Item]], row_tokens: int) -> Iterator[tuple[str, list[Item]]]:
+    """Each row as it is full, with its split; documents without a target in the row are left out."""
+    rows: dict[str, list[Item]] = {}
     used: dict[str, int] = {}
-    for document in documents:
-        if not document.counted_L[: row_tokens - 1].any():
+    for shape, item in items:
+        if shape.first_counted is None or shape.first_counted >= row_tokens - 1:
             continue
-        split, length = split_of(document, valid_fraction), min(len(document.ids_L), row_tokens)
+        split, length = shape.split, min(shape.length, row_tokens)
         if split in rows and used[split] + length > row_tokens:
             yield split, rows.pop(split)
         if split not in rows:
             rows[split], used[split] = [], 0
-        rows[split].append(document)
+        rows[split].append(item)
         used[split] += length
     yield from rows.items()
 
