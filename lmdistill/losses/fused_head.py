@@ -72,6 +72,25 @@ def _gradient(
     return grad_CV
 
 
+class _Buffers:
+    """Arrays of a chunk that the next one uses again: the system zeroes every page of a fresh one."""
+
+    def __init__(self, chunk: int, weight_VD: torch.Tensor) -> None:
+        self.product_CV = weight_VD.new_empty(chunk, len(weight_VD))  # logits, later their gradient
+        single = weight_VD.dtype == torch.float32
+        self.wide_CV = self.product_CV if single else torch.empty_like(self.product_CV, dtype=torch.float32)
+        self.head_VD = torch.empty_like(weight_VD)
+
+    def logits(self, hidden_CD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        """The logits of a chunk `[C, V]` in float32."""
+        product_CV = torch.mm(hidden_CD, weight_VD.T, out=self.product_CV[: len(hidden_CD)])
+        return product_CV if self.wide_CV is self.product_CV else self.wide_CV[: len(hidden_CD)].copy_(product_CV)
+
+    def narrow(self, grad_CV: torch.Tensor) -> torch.Tensor:
+        """Their gradient in the precision of the products."""
+        return grad_CV if self.wide_CV is self.product_CV else self.product_CV[: len(grad_CV)].copy_(grad_CV)
+
+
 class _FusedHead(torch.autograd.Function):  # type: ignore[misc]
     """Forward computes the loss and its gradients in hidden states and head; backward scales them."""
 
@@ -89,12 +108,13 @@ class _FusedHead(torch.autograd.Function):  # type: ignore[misc]
         want_hidden, want_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_hidden_ND = torch.empty_like(hidden_ND) if want_hidden else None
         grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if want_head else None
+        buffers = _Buffers(min(chunk, len(hidden_ND)), weight_VD)
         sums_3 = torch.zeros(3, dtype=torch.float32, device=hidden_ND.device)
         for start in range(0, hidden_ND.shape[0], chunk):
             rows = slice(start, start + chunk)
             hidden_CD = hidden_ND[rows]
             part = targets.rows(rows)
-            logits_CV = (hidden_CD @ weight_VD.T).float()
+            logits_CV = buffers.logits(hidden_CD, weight_VD)
             student, exp_CV, max_C = _softmax(logits_CV, part)
             kd = mix.kd(student, part, mix.options)
             ce = cross_entropy.terms(part.next_N, student.logit_next_N, student.lse_N)
@@ -102,11 +122,11 @@ class _FusedHead(torch.autograd.Function):  # type: ignore[misc]
             sums_3 += torch.stack([mix.kd_weight * kd_sum + mix.ce_weight * ce_sum, kd_sum, ce_sum])
             if not (want_hidden or want_head):
                 continue
-            grad_CV = _gradient(exp_CV, student, max_C, kd, part, mix).to(compute)
+            grad_CV = buffers.narrow(_gradient(exp_CV, student, max_C, kd, part, mix))
             if grad_hidden_ND is not None:
-                grad_hidden_ND[rows] = grad_CV @ weight_VD
+                torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[rows])
             if grad_head_VD is not None:
-                grad_head_VD += grad_CV.T @ hidden_CD
+                grad_head_VD += torch.mm(grad_CV.T, hidden_CD, out=buffers.head_VD)
         ctx.save_for_backward(grad_hidden_ND, grad_head_VD)
         ctx.head_dtype = head_VD.dtype
         return sums_3[0], sums_3[1], sums_3[2]

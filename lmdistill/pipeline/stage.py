@@ -216,9 +216,17 @@ class Stage(Generic[ConfigT]):
         """Whether the teacher's digest is part of the fingerprint."""
         return False
 
+    def inputs_for(self, config: ConfigT) -> tuple[Input, ...]:
+        """`inputs`, with the kinds that this configuration can do with; the roles are always the same."""
+        return self.inputs
+
     def tools_used(self, config: ConfigT) -> tuple[str, ...]:
         """`tools`, and those that this configuration adds."""
         return self.tools
+
+    def choices(self) -> dict[str, dict[str, str]]:
+        """Keys whose value is one of several names: key → name → what it stands for. May import what is heavy."""
+        return {}
 
     def preflight(self, ctx: PreflightContext[ConfigT]) -> list[LmdistillError]:
         """Everything that can be known before work starts; an empty list lets the pipeline start."""

@@ -41,7 +41,8 @@ def wire(drafts: Sequence[Draft], has_teacher: bool, problems: Problems) -> dict
             continue
         earlier = [(other.name, other.stage.output) for other in drafts[:place] if other.stage]
         listed = _listed(draft, drafts, earlier, has_teacher, problems)
-        inputs[draft.name] = _match(draft, draft.stage.inputs, earlier, listed, unknown, problems)
+        roles = draft.stage.inputs if draft.config is None else draft.stage.inputs_for(draft.config)
+        inputs[draft.name] = _match(draft, roles, earlier, listed, unknown, problems)
         if draft.config is not None and draft.stage.uses_teacher(draft.config) and not has_teacher:
             problems.add(draft.node.origin, f"stages.{draft.name}", "needs a teacher; add `teacher:` to the recipe")
     return inputs

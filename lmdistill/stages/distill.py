@@ -9,7 +9,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from lmdistill.errors import IntegrityError, LmdistillError, PreflightError, RecipeError, nearest
+from lmdistill.errors import IntegrityError, LmdistillError, PreflightError, RecipeError
 from lmdistill.pipeline.stage import Estimate, Input, PreflightContext, Stage, StageContext
 from lmdistill.teachers.sampling_keys import SAMPLED
 from lmdistill.training.config import DistillConfig
@@ -28,19 +28,28 @@ class DistillStage(Stage[DistillConfig]):
     output = "model"
     tools = ("torch", "transformers", "accelerate")
 
-    def preflight(self, ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
-        """The loss exists. (That student and cache share their tokens is the student stage's to check.)"""
+    def inputs_for(self, config: DistillConfig) -> tuple[Input, ...]:
+        """A live teacher needs no cache: a corpus will do."""
+        if not config.live:
+            return self.inputs
+        return (Input("signals", ("signals", "corpus")), *self.inputs[1:])
+
+    def uses_teacher(self, config: DistillConfig) -> bool:
+        """Where it runs beside the student; else only the cache speaks for it."""
+        return config.live
+
+    def choices(self) -> dict[str, dict[str, str]]:
+        """The losses, with the keys that each of them reads."""
         from lmdistill.losses.registry import catalogue
 
-        problems: list[LmdistillError] = []
-        known = list(catalogue())
-        if ctx.config.loss not in known:
-            problems.append(
-                PreflightError(
-                    f"stage '{ctx.name}': no loss is called '{ctx.config.loss}'{nearest(ctx.config.loss, known)}",
-                    fix=f"one of: {', '.join(known)}",
-                )
-            )
+        read = {name: f" [{', '.join(one.options)}]" if one.options else "" for name, one in catalogue().items()}
+        return {"loss": {name: one.summary + read[name] for name, one in catalogue().items()}}
+
+    def preflight(self, ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
+        """The loss and its keys. (That student and cache share their tokens is the student stage's to check.)"""
+        from lmdistill.training.loss_checks import check_live_teacher, check_loss
+
+        problems = check_loss(ctx) + check_live_teacher(ctx)
         header = Path(sysconfig.get_path("include")) / "Python.h"
         if ctx.config.compile and not (shutil.which(os.environ.get("CXX", "g++")) and header.exists()):
             problems.append(
@@ -70,10 +79,11 @@ class DistillStage(Stage[DistillConfig]):
         inner = shape.get("intermediate_size") or teacher["intermediate_size"]
         activations = 2 * rows * length * shape["layers"] * (34 * width + 6 * inner)
         logits = 12 * ctx.config.chunk * teacher["vocab_size"]
+        operations, memory = _live_load(ctx, teacher, rows * length)
         return Estimate(
-            6 * parameters * ctx.config.tokens / CPU_FLOPS,
+            (6 * parameters + operations) * ctx.config.tokens / CPU_FLOPS,
             2 * 12 * parameters + 4 * parameters,
-            16 * parameters + activations + logits,
+            16 * parameters + activations + logits + memory,
             f"{parameters / 1e6:,.0f} M parameters; time on two CPU cores",
         )
 
@@ -83,15 +93,22 @@ class DistillStage(Stage[DistillConfig]):
 
         from lmdistill.assets import cache_dir
         from lmdistill.signals.reader import SignalsReader
+        from lmdistill.training.corpus_rows import CorpusRows
         from lmdistill.training.run import Place, train
 
         if ctx.runtime.threads:
             torch.set_num_threads(ctx.runtime.threads)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
-        reader = SignalsReader(ctx.one("signals").out, SPLIT)
+        source = ctx.one("signals")
+        reader = (CorpusRows if source.kind == "corpus" else SignalsReader)(source.out, SPLIT)
         student = ctx.one("student").model()
         place = Place(
-            student.path, ctx.out / "model", ctx.work / "checkpoints", ctx.runtime.resolve_device(), student.digest
+            student.path,
+            ctx.out / "model",
+            ctx.work / "checkpoints",
+            ctx.runtime.resolve_device(),
+            student.digest,
+            ctx.need_teacher() if ctx.config.live else None,
         )
         record = train(reader, ctx.config, place, ctx.progress)
         (ctx.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -126,6 +143,15 @@ def _wrong_pair(ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
     except PreflightError as error:
         return [error]
     return []
+
+
+def _live_load(ctx: PreflightContext[DistillConfig], shape: dict[str, Any], batch_tokens: int) -> tuple[int, int]:
+    """(operations a token, bytes of memory) of a teacher that runs beside the student; none where none does."""
+    if not ctx.config.live or ctx.teacher is None:
+        return 0, 0
+    from lmdistill.training.live_teacher import live_load
+
+    return live_load(ctx.teacher.path, shape, ctx.config.precision, batch_tokens, ctx.config.chunk)
 
 
 def _unscored_split(ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:

@@ -76,7 +76,7 @@ def hidden_of(config: TeachConfig, teacher: ModelRef) -> HiddenLayout | None:
 def planned_load(ctx: PreflightContext[TeachConfig], teacher: ModelRef) -> tuple[int, int]:
     """(parameters that every token goes through, bytes of memory), of all teachers that are here."""
     teachers = [teacher, *members_here(ctx.config.ensemble)]
-    parameters = sum(_parameters(model.path) for model in teachers)
+    parameters = sum(parameters_of(model.path) for model in teachers)
     weights = sum(_weight_bytes(ctx.config, model) for model in teachers)
     if ctx.config.engine != "transformers" and ctx.config.parity_rows:
         weights = max(weights, parameters * WIDTHS["float32"])  # the reference of the proof
@@ -96,10 +96,10 @@ def _weight_bytes(config: TeachConfig, model: ModelRef) -> int:
     """Memory of a teacher's weights: those of its GGUF where that is what is scored."""
     if config.engine in ENGINES and ENGINES[config.engine].gguf and model.gguf is not None:
         return model.gguf.stat().st_size
-    return _parameters(model.path) * WIDTHS[config.precision]
+    return parameters_of(model.path) * WIDTHS[config.precision]
 
 
-def _parameters(folder: Path) -> int:
+def parameters_of(folder: Path) -> int:
     """Parameters of a checkpoint, from the headers of its safetensors files."""
     from lmdistill.checkpoints import stored_tensors
 

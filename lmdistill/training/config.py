@@ -6,24 +6,36 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from lmdistill.losses.registry import LossOptions
 from lmdistill.pipeline.stage import AddedKey, RuntimeKey, StageConfig
 
 
 class DistillConfig(StageConfig):
     """Keys of `distill`."""
 
-    loss: str = Field(default="decoupled_topk", description="a loss of lmdistill/losses by name; ce is the baseline")
+    loss: str = Field(
+        default="decoupled_topk", description="by name, see below; ce is the baseline, full_kl runs the teacher"
+    )
     kd_weight: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.9, description="λ: weight of the distillation loss; cross-entropy has the rest"
     )
     mix: Literal["convex", "additive"] = Field(
         default="convex", description="convex: (1−λ)·CE + λ·KD; additive: CE + λ·KD"
     )
-    temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="τ inside the teacher's top K")
+    temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="τ of losses that read it")
     mass_weighted: bool = Field(default=True, description="weigh the tempered term with the teacher's top-K mass P")
     hinton_scaled: bool = Field(default=False, description="multiply the tempered term by τ²")
     self_normalised: Annotated[bool, AddedKey()] = Field(
         default=False, description="`loss: sampled_kd`: importance weights scaled to sum to 1: biased, less variance"
+    )
+    js_beta: Annotated[float, AddedKey(), Field(gt=0, lt=1)] = Field(
+        default=0.5, description="`loss: js`: β, the teacher's share of the mixture"
+    )
+    skew_alpha: Annotated[float, AddedKey(), Field(ge=0, lt=1)] = Field(
+        default=0.1, description="`loss: skew_kl`, `skew_reverse_kl`: α, the first distribution's share of the mixture"
+    )
+    bd_weight: Annotated[float, AddedKey(), Field(ge=0.5, le=1)] = Field(
+        default=0.75, description="`loss: bd_kd`: weight of the KL that corrects the student's sharpness"
     )
     tokens: Annotated[int, Field(ge=1)] = Field(
         default=1_000_000, description="tokens to train on; more than the cache holds means several epochs"
@@ -72,6 +84,23 @@ class DistillConfig(StageConfig):
         if self.micro_rows and self.batch_rows % self.micro_rows:
             raise ValueError(f"micro_rows {self.micro_rows} does not divide batch_rows {self.batch_rows}")
         return self
+
+    @property
+    def live(self) -> bool:
+        """Whether the teacher itself runs beside the student."""
+        return self.loss == "full_kl"
+
+    def options(self) -> LossOptions:
+        """What losses read, each of them some."""
+        return LossOptions(
+            temperature=self.temperature,
+            mass_weighted=self.mass_weighted,
+            hinton_scaled=self.hinton_scaled,
+            self_normalised=self.self_normalised,
+            js_beta=self.js_beta,
+            skew_alpha=self.skew_alpha,
+            bd_weight=self.bd_weight,
+        )
 
     def weights(self) -> tuple[float, float]:
         """Weights of the distillation loss and of cross-entropy."""

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from lmdistill.corpus.format import DOC_START, LOSS, document_positions
 from lmdistill.signals.reader import SignalsBatch, SignalsReader
+from lmdistill.training.corpus_rows import CorpusRows
 
 
 def row_order(rows: int, wanted: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -39,7 +40,7 @@ class RowDataset(Dataset[int]):  # type: ignore[misc]
 class SignalsCollator:
     """Row numbers → one batch of tensors; every read proves that the log-probs belong to the tokens."""
 
-    def __init__(self, reader: SignalsReader, isolate: bool) -> None:
+    def __init__(self, reader: SignalsReader | CorpusRows, isolate: bool) -> None:
         self.reader, self.isolate = reader, isolate
 
     def __call__(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:

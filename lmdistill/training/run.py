@@ -9,9 +9,12 @@ from typing import Any
 
 from lmdistill.errors import IntegrityError
 from lmdistill.pipeline.keys import semantic
-from lmdistill.pipeline.stage import Progress
+from lmdistill.pipeline.stage import ModelRef, Progress
 from lmdistill.signals.reader import SignalsReader
 from lmdistill.training.config import DistillConfig
+from lmdistill.training.corpus_rows import CorpusRows
+
+Reader = SignalsReader | CorpusRows
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Place:
     work: Path  # checkpoints
     device: str
     student_digest: str
+    live_teacher: ModelRef | None = None  # for losses that run the teacher beside the student
 
 
 def steps_of(config: DistillConfig, row_tokens: int) -> int:
@@ -30,7 +34,7 @@ def steps_of(config: DistillConfig, row_tokens: int) -> int:
     return max(1, config.tokens // (config.batch_rows * row_tokens))
 
 
-def train(reader: SignalsReader, config: DistillConfig, place: Place, progress: Progress) -> dict[str, Any]:
+def train(reader: Reader, config: DistillConfig, place: Place, progress: Progress) -> dict[str, Any]:
     """Train, resuming from `place.work`, and save to `place.output`; returns the record for training.json.
 
     Raises IntegrityError where the checkpoints in `place.work` belong to other data, student or settings,
@@ -90,7 +94,7 @@ def round_matrices(model: Any) -> None:
             parameter.copy_(rounded)
 
 
-def refuse_other_tokens(reader: SignalsReader, student: Path) -> None:
+def refuse_other_tokens(reader: Reader, student: Path) -> None:
     """Raise IntegrityError where the student's tokenizer is not the one the cache's token ids come from."""
     from lmdistill.corpus.tokenizers import tokenizer_digest
 
@@ -103,9 +107,11 @@ def refuse_other_tokens(reader: SignalsReader, student: Path) -> None:
         )
 
 
-def refuse_foreign_checkpoints(reader: SignalsReader, config: DistillConfig, place: Place) -> None:
+def refuse_foreign_checkpoints(reader: Reader, config: DistillConfig, place: Place) -> None:
     """Bind the work folder to this data, student and settings, or refuse it if it is bound to others."""
     identity = {"signals": reader.digest, "student": place.student_digest, "settings": _semantic(config)}
+    if place.live_teacher is not None:
+        identity["teacher"] = place.live_teacher.digest
     bound = place.work / "belongs_to.json"
     if bound.exists():
         other = json.loads(bound.read_text())
@@ -128,17 +134,15 @@ def _semantic(config: DistillConfig) -> Any:
     return semantic(config, str)
 
 
-def _trainer(model: Any, reader: SignalsReader, config: DistillConfig, place: Place, progress: Progress) -> Any:
+def _trainer(model: Any, reader: Reader, config: DistillConfig, place: Place, progress: Progress) -> Any:
     from lmdistill.losses import registry
     from lmdistill.losses.fused_head import Mix
-    from lmdistill.losses.registry import LossOptions
     from lmdistill.training.data import RowDataset, SignalsCollator, row_order
     from lmdistill.training.student_forward import attach_loss
     from lmdistill.training.trainer import CheckpointSeal, DistillationTrainer, ProgressReport
 
-    options = LossOptions(config.temperature, config.mass_weighted, config.hinton_scaled, config.self_normalised)
-    mix = Mix(registry.get(config.loss), options, *config.weights())
-    attach_loss(model, mix, config.chunk)
+    mix = Mix(registry.get(config.loss), config.options(), *config.weights())
+    attach_loss(model, mix, config.chunk, _live(reader, config, place, model))
     steps = steps_of(config, reader.row_tokens)
     order = row_order(reader.rows, steps * config.batch_rows, config.seed)
     return DistillationTrainer(
@@ -150,6 +154,23 @@ def _trainer(model: Any, reader: SignalsReader, config: DistillConfig, place: Pl
         lr=config.lr,
         relative=config.lr_scale == "relative",
     )
+
+
+def _live(reader: Reader, config: DistillConfig, place: Place, model: Any) -> Any:
+    """The teacher that runs beside the student, for losses that need it; IntegrityError where it has more tokens."""
+    if place.live_teacher is None:
+        return None
+    from lmdistill.training.live_teacher import open_live
+
+    isolate = reader.manifest.packing == "isolate"
+    teacher = open_live(place.live_teacher, place.student, config.precision, place.device, isolate)
+    rows, tokens = model.lm_head.weight.shape[0], teacher.vocab_size
+    if rows < tokens:
+        raise IntegrityError(
+            f"the student {place.student} has logits for {rows} ids, its teacher's tokenizer {tokens}",
+            fix="make a student with the teacher's vocabulary",
+        )
+    return teacher
 
 
 def _arguments(config: DistillConfig, place: Place, steps: int) -> Any:
@@ -184,7 +205,7 @@ def _arguments(config: DistillConfig, place: Place, steps: int) -> Any:
     )
 
 
-def _record(reader: SignalsReader, config: DistillConfig, state: Any, frozen: int, model: Any) -> dict[str, Any]:
+def _record(reader: Reader, config: DistillConfig, state: Any, frozen: int, model: Any) -> dict[str, Any]:
     """What training.json says: settings, digests and the loss curve; nothing that differs from run to run."""
     per_step = config.batch_rows * reader.row_tokens
     log = [

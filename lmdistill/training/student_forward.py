@@ -9,18 +9,23 @@ Axes: R rows, T positions, D hidden width, K entries, N positions whose predicti
 from __future__ import annotations
 
 import types
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lmdistill.losses.fused_head import Mix, fused_head_loss
 from lmdistill.losses.registry import Targets
 
+if TYPE_CHECKING:
+    from lmdistill.training.live_teacher import LiveEngine
 
-def attach_loss(model: Any, mix: Mix, chunk: int) -> Any:
+
+def attach_loss(model: Any, mix: Mix, chunk: int, teacher: LiveEngine | None = None) -> Any:
     """Give `model` a forward of (input_ids, labels, teacher_*) → {"loss", "kd", "ce"}; returns the model.
 
-    The loss is a mean in nats over the counted positions of the whole (accumulated) batch.
+    The loss is a mean in nats over the counted positions of the whole (accumulated) batch. A live `teacher` sees the
+    same rows in the same step.
     """
 
     def forward(
@@ -47,6 +52,8 @@ def attach_loss(model: Any, mix: Mix, chunk: int) -> Any:
             teacher_tail[counts_RT],
             None if teacher_weight is None else teacher_weight[counts_RT],
         )
+        if teacher is not None:
+            targets = replace(targets, live=teacher.speak(input_ids, position_ids, counts_RT))
         with torch.autocast(hidden_ND.device.type, enabled=False):
             sums = fused_head_loss(hidden_ND, self.lm_head.weight, targets, mix, chunk)
         count = hidden_ND.shape[0] if num_items_in_batch is None else num_items_in_batch

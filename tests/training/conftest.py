@@ -7,41 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training_toys import LENGTH, ROWS, VOCAB, save_toy, save_word_tokenizer
 
 from lmdistill.corpus.format import DOC_START, LOSS, CorpusMeta, SplitMeta, tokens_digest
 from lmdistill.corpus.tokenizers import tokenizer_digest
 from lmdistill.pipeline.stage import Artefact, ModelRef, Runtime, StageContext
 from lmdistill.stages.teach import TeachConfig, TeachStage
-
-VOCAB, ROWS, LENGTH = 60, 24, 32
-SHAPE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
-
-
-def save_word_tokenizer(folder: Path, words: int = VOCAB, prefix: str = "w") -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    folder.mkdir(parents=True, exist_ok=True)
-    Tokenizer(WordLevel({f"{prefix}{i}": i for i in range(words)}, unk_token=f"{prefix}0")).save(
-        str(folder / "tokenizer.json")
-    )
-
-
-def save_toy(folder: Path, seed: int, spread: float) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=spread)).save_pretrained(folder)
-    save_word_tokenizer(folder)
-    return folder
 
 
 def _speak(teacher: Path) -> np.ndarray:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_word_tokenizer
 from safetensors.torch import load_file
+from training_toys import save_word_tokenizer
 
 from lmdistill.errors import IntegrityError, LmdistillError
 from lmdistill.pipeline.stage import Artefact, Planned, PreflightContext, Runtime, StageContext

@@ -1,0 +1,61 @@
+"""A teacher that runs beside its student: last hidden states in the student's step, logits later and by chunks.
+
+Axes: R rows, T tokens in a row, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lmdistill.errors import LmdistillError
+from lmdistill.losses.registry import LiveTeacher
+from lmdistill.pipeline.stage import ModelRef
+from lmdistill.teachers.engine import EngineOptions
+from lmdistill.teachers.planned import WIDTHS, parameters_of
+from lmdistill.teachers.token_maps import check_same_tokens, real_vocabulary, token_map
+from lmdistill.teachers.transformers_engine import TransformersEngine
+
+
+class LiveEngine(TransformersEngine):
+    """The capture's own engine, asked for hidden states instead of a top K."""
+
+    def open(self, teacher: ModelRef, options: EngineOptions) -> None:
+        """Load the model; LmdistillError where its logits are more than its head applied to its hidden states."""
+        super().open(teacher, options)
+        if not self._plain_head:
+            raise LmdistillError(
+                f"teacher {teacher.name} scales or caps its logits after its head",
+                why="a live teacher's logits are made from its hidden states, a chunk at a time",
+                fix="capture it with the teach stage, and train with a loss on the cache",
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it has logits for."""
+        return int(self._weight_VD.shape[0])
+
+    def speak(self, tokens_RT: Any, positions_RT: Any, counts_RT: Any) -> LiveTeacher:
+        """What it has to say at the positions that count, in the capture's precision whatever surrounds the call."""
+        import torch
+
+        with torch.no_grad(), torch.autocast(tokens_RT.device.type, enabled=False):
+            hidden_RTD = self._hidden(tokens_RT, positions_RT)
+        return LiveTeacher(hidden_RTD[counts_RT], self._weight_VD, self._bias_V)
+
+
+def open_live(teacher: ModelRef, student: Path, precision: str, device: str, isolate: bool) -> LiveEngine:
+    """The teacher on `device`; PreflightError where its tokens are not those of the student in the folder `student`."""
+    tokens = token_map(teacher.path)
+    check_same_tokens(token_map(student), tokens, "the student", "the teacher", fix="train a student of its tokens")
+    engine = LiveEngine()
+    engine.open(teacher, EngineOptions(1, real_vocabulary(tokens), precision, device, isolate=isolate))
+    return engine
+
+
+def live_load(folder: Path, shape: dict[str, Any], precision: str, batch_tokens: int, chunk: int) -> tuple[int, int]:
+    """(operations a token, bytes of memory) that a live teacher of this config.json adds to training."""
+    parameters = parameters_of(folder)
+    states = batch_tokens * (8 * shape["hidden_size"] + 3 * shape["intermediate_size"])
+    logits = 3 * 4 * chunk * shape["vocab_size"]  # of the teacher and of the student, and the probabilities
+    return 2 * parameters, (parameters + states) * WIDTHS[precision] + logits
