@@ -47,8 +47,7 @@ def coded_rows(reader: SignalsReader, shard: ShardEntry) -> NDArray[Any]:
     dtype = variant.dtype(layout)
     stored = variant.open(reader.folder / shard.file, layout, shard.rows, variants.Memory())
     raw = np.empty((shard.rows, dtype.itemsize), np.uint8)
-    for row in range(shard.rows):
-        stored.copy_row(row, raw[row])
+    stored.copy_rows(range(shard.rows), [*raw])
     return raw.view(dtype)[:, 0]
 
 

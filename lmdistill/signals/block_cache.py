@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Generic, Protocol, TypeVar
 
 
@@ -25,12 +25,15 @@ class BlockCache(Generic[ThingT]):
         self.most_bytes, self._bytes = most_bytes, 0
         self._kept: OrderedDict[Hashable, ThingT] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[], ThingT]) -> ThingT:
-        """The thing called `key`, made if it is not here."""
+    def find(self, key: Hashable) -> ThingT | None:
+        """The thing called `key`, if it is here."""
         if key in self._kept:
             self._kept.move_to_end(key)
-            return self._kept[key]
-        made = self._kept[key] = make()
+        return self._kept.get(key)
+
+    def keep(self, key: Hashable, made: ThingT) -> ThingT:
+        """Keep a thing that was not here, and give it back."""
+        self._kept[key] = made
         self._bytes += made.nbytes
         while self._bytes > self.most_bytes and len(self._kept) > 1:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes

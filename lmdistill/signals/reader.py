@@ -134,9 +134,11 @@ class SignalsReader:
         """The coded rows."""
         dtype = self._variant.dtype(self.manifest.layout)
         raw = np.empty((len(rows), dtype.itemsize), np.uint8)
-        for place, row in enumerate(rows.tolist()):
-            index = self._shard_of(row)
-            self._shard(index).copy_row(row - self._shards[index].first_row, raw[place])
+        shards = [self._shard_of(row) for row in rows.tolist()]
+        for index in sorted(set(shards)):
+            places = [place for place, shard in enumerate(shards) if shard == index]
+            wanted = (rows[places] - self._shards[index].first_row).tolist()
+            self._shard(index).copy_rows(wanted, [raw[place] for place in places])
         return raw.view(dtype)[:, 0]
 
     def _shard_of(self, row: int) -> int:

@@ -13,7 +13,7 @@ import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -64,8 +64,8 @@ class Packer(Protocol):
 class StoredRows(Protocol):
     """The coded rows of one shard."""
 
-    def copy_row(self, row: int, out: NDArray[np.uint8]) -> None:
-        """Write the bytes of one coded row, counted from the shard's first."""
+    def copy_rows(self, rows: Sequence[int], out: Sequence[NDArray[np.uint8]]) -> None:
+        """Write the bytes of coded rows, counted from the shard's first, each to its place in `out`."""
 
 
 class Variant(ABC):

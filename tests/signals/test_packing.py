@@ -28,7 +28,10 @@ def unpacked(layout, raw_R, block_rows):
     tables, *blocks = encode_segment(layout, raw_R, block_rows)
     decoder = SegmentDecoder(layout, tables)
     sizes = [min(block_rows, len(raw_R) - start) for start in range(0, len(raw_R), block_rows)]
-    return np.concatenate([decoder.decode(block, rows) for block, rows in zip(blocks, sizes, strict=True)])
+    whole = decoder.decode(blocks, sizes)
+    alone = [decoder.decode([block], [rows]) for block, rows in zip(blocks, sizes, strict=True)]
+    assert whole.tobytes() == np.concatenate(alone).tobytes()
+    return whole
 
 
 SHAPES = [(64, 1, 16), (64, 8, 16), (64, 64, 5), (300, 300, 3), (70_000, 12, 4), (61_500, 3, 1), (65_536, 4, 7)]
@@ -156,12 +159,12 @@ def test_a_block_under_tables_or_a_witness_not_its_own_is_refused():
     ours, theirs = (
         encode_segment(layout, coded.code_rows(layout, *random_rows(seed, 16, 64, 512, 16)), 16) for seed in (1, 2)
     )
-    assert SegmentDecoder(layout, ours[0]).decode(ours[1], 16).shape == (16,)
+    assert SegmentDecoder(layout, ours[0]).decode([ours[1]], [16]).shape == (16,)
     spoiled = ours[1][:4][::-1] + ours[1][4:]
     with pytest.raises(IntegrityError, match="not those that were captured"):
-        SegmentDecoder(layout, ours[0]).decode(spoiled, 16)
+        SegmentDecoder(layout, ours[0]).decode([spoiled], [16])
     with pytest.raises(IntegrityError, match=r"not those that were captured|does not fit its segment's tables"):
-        SegmentDecoder(layout, theirs[0]).decode(ours[1], 16)
+        SegmentDecoder(layout, theirs[0]).decode([ours[1]], [16])
 
 
 @settings(max_examples=40, deadline=None)

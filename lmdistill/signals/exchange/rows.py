@@ -86,8 +86,7 @@ class Cache:
         for first in range(0, shard.rows, step):
             rows = range(first, min(first + step, shard.rows))
             raw = np.empty((len(rows), dtype.itemsize), np.uint8)
-            for place, row in enumerate(rows):
-                stored.copy_row(row, raw[place])
+            stored.copy_rows(rows, [*raw])
             yield Chunk(raw.view(dtype)[:, 0], None if hidden is None else hidden[rows.start : rows.stop])
 
     def _hidden(self, shard: ShardEntry) -> NDArray[Any] | None:

@@ -6,7 +6,8 @@ Counts of entries of like rank share a stream, as ids do; where t ≠ 1 a stream
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -61,13 +62,19 @@ class DrawnDecoder(SegmentDecoder):
         self._groups = groups(layout.k, layout.row_tokens)
         self.nbytes += len(metas)
 
-    def decode(self, block: bytes, rows: int) -> NDArray[Any]:
-        """The coded rows of a block; raises IntegrityError where what is derived is not what was captured."""
-        inner, pages = unpack_all(block)
+    def decode(self, blocks: Sequence[bytes], rows: Sequence[int]) -> NDArray[Any]:
+        """The coded rows of blocks; raises IntegrityError where what is derived is not what was captured."""
+        inner, beside = zip(*(unpack_all(block) for block in blocks), strict=True)
         base_R = super().decode(inner, rows)
-        raw_R = np.zeros(rows, drawn_dtype(self.layout))
+        raw_R = np.zeros(len(base_R), drawn_dtype(self.layout))
         for name in base_R.dtype.names or ():
             raw_R[name] = base_R[name]
+        for pages, (start, stop) in zip(beside, pairwise(accumulate(rows, initial=0)), strict=True):
+            self._fill(raw_R[start:stop], pages)
+        return raw_R
+
+    def _fill(self, raw_R: NDArray[Any], pages: bytes) -> None:
+        """A block's counts and log z."""
         kept_RTK = coded.kept_mask(self.layout, raw_R)
         assert kept_RTK is not None
         streams = iter(self._beside)
@@ -80,4 +87,3 @@ class DrawnDecoder(SegmentDecoder):
             numbers = np.empty(raw_R["log_z"].size, U16)
             pages = stream.read(pages, numbers)
             raw_R["log_z"] = numbers.view(np.float16).reshape(raw_R["log_z"].shape)
-        return raw_R

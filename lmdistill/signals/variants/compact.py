@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lmdistill.signals.packing.segment import SegmentDecoder, encode_segment
 from lmdistill.signals.variant import Block, Memory, Variant, variant
 
 BLOCK_TOKENS = 256  # decoded to read one row: more save 1% of the bytes, and cost as often as they are not wanted
+TOGETHER = 4096  # tokens whose blocks are decoded at once: more would leave the processor's cache
 SEGMENT_BYTES = 2**24  # of coded rows that share tables: what a writer holds in memory
 
 
@@ -130,26 +131,51 @@ class PackedRows:
         self._ends = np.cumsum([0, *record["block_bytes"]])
         self._crcs = np.array(record["crc32"], np.uint32)
         self._geometry = Geometry(layout, coder.dtype(layout))
+        self._stride = 1 + self._geometry.segment_rows // self._geometry.block_rows  # tables and blocks of a segment
 
-    def copy_row(self, row: int, out: NDArray[np.uint8]) -> None:
-        """Copy a row out of its block."""
+    def copy_rows(self, rows: Sequence[int], out: Sequence[NDArray[np.uint8]]) -> None:
+        """Copy rows out of their blocks; those that are not in memory are decoded together."""
+        step = max(1, TOGETHER // self.layout.row_tokens)
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            places = [self._place(row) for row in part]
+            blocks = self._blocks(sorted({block for block, _ in places}))
+            for (block, offset), place in zip(places, out[start : start + step], strict=True):
+                place[...] = blocks[block][offset]
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """A row's block, counted over blocks and tables, and its place there."""
         segment, within = divmod(row, self._geometry.segment_rows)
-        place, offset = divmod(within, self._geometry.block_rows)
-        tables = segment * (1 + self._geometry.segment_rows // self._geometry.block_rows)
-        rows = min(self._geometry.block_rows, self._rows - (row - offset))
-        key = (self.path, tables + 1 + place)
-        out[...] = self._memory.blocks.get(key, lambda: self._decode(tables, tables + 1 + place, rows))[offset]
+        block, offset = divmod(within, self._geometry.block_rows)
+        return segment * self._stride + 1 + block, offset
 
-    def _decode(self, tables: int, block: int, rows: int) -> NDArray[np.uint8]:
-        """The bytes of a block's coded rows `[R, bytes of a row]`."""
-        data = self._read(block)
+    def _blocks(self, wanted: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
+        """The bytes of blocks' coded rows, `[R, bytes of a row]` each."""
+        found = {block: kept for block in wanted if (kept := self._memory.blocks.find((self.path, block))) is not None}
+        missing = [block for block in wanted if block not in found]
+        for segment, blocks in groupby(missing, lambda block: block // self._stride):
+            for block, decoded in self._decode(segment * self._stride, list(blocks)):
+                found[block] = self._memory.blocks.keep((self.path, block), decoded)
+        return found
+
+    def _decode(self, tables: int, blocks: list[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        data, rows = [self._read(block) for block in blocks], [self._rows_of(tables, block) for block in blocks]
         if self._ends[tables] == self._ends[tables + 1]:
-            return np.frombuffer(data, np.uint8).reshape(rows, -1)
-        decoder = self._memory.tables.get(
-            (self.path, tables), lambda: self._coder.decoder(self.layout, self._read(tables))
-        )
-        stored: NDArray[np.uint8] = decoder.decode(data, rows).view(np.uint8)
-        return stored.reshape(rows, -1)
+            stored = np.frombuffer(b"".join(data), np.uint8)
+        else:
+            key = (self.path, tables)
+            decoder = self._memory.tables.find(key) or self._memory.tables.keep(
+                key, self._coder.decoder(self.layout, self._read(tables))
+            )
+            stored = decoder.decode(data, rows).view(np.uint8)
+        parts = np.split(stored.reshape(sum(rows), -1), np.cumsum(rows)[:-1])
+        return zip(blocks, (part.copy() for part in parts), strict=True)
+
+    def _rows_of(self, tables: int, block: int) -> int:
+        """How many rows a block holds: fewer at a shard's end."""
+        first = tables // self._stride * self._geometry.segment_rows
+        first += (block - tables - 1) * self._geometry.block_rows
+        return min(self._geometry.block_rows, self._rows - first)
 
     def _read(self, block: int) -> bytes:
         start, stop = int(self._ends[block]), int(self._ends[block + 1])

@@ -5,7 +5,7 @@ Axes: R rows, T tokens in a row. Row r of a shard begins at byte r · (bytes of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class MappedRows:
     def __init__(self, path: Path, rows: int) -> None:
         self._rows = np.memmap(path, np.uint8, mode="r").reshape(rows, -1).view(np.ndarray)
 
-    def copy_row(self, row: int, out: NDArray[np.uint8]) -> None:
-        """Copy a row."""
-        out[...] = self._rows[row]
+    def copy_rows(self, rows: Sequence[int], out: Sequence[NDArray[np.uint8]]) -> None:
+        """Copy rows."""
+        for row, place in zip(rows, out, strict=True):
+            place[...] = self._rows[row]
