@@ -21,31 +21,30 @@ def kill_many(
 ) -> dict[str, Any]:
     """Kill captures until `count` kills have hit one; one that ends before its kill is checked, and begun anew.
 
-    `base` is a run folder with a finished corpus. A kill hits between the capture's first byte on disk and the
-    pipeline's end, at a moment drawn uniformly over what that takes undisturbed. `different` counts captures whose
-    bytes are not those of the undisturbed run: it must be 0.
+    `base` is a run folder with a finished corpus. A kill waits for a number of finished shards, drawn uniformly from
+    those there are to all, and then for a random part of the time that two shards take: so it hits the same moments
+    on a busy machine. `different` counts captures whose bytes are not those of the undisturbed run: it must be 0.
     """
     chance = random.Random(seed)
     whole = fresh_copy(base, scratch / "whole")
     seconds = _undisturbed(toy, whole)
     expected = cache_files(whole)
+    shards = sum(name.endswith(".sig") for name in expected)
     kills, captures, different, kept = 0, 0, 0, []
     while kills < count:
         run_dir = fresh_copy(base, scratch / "killed")
         finished = False
         while not finished and kills < count:
-            shards = _kill_one(toy, run_dir, chance.uniform(0, seconds))
-            finished = shards is None
-            if shards is not None:
+            there = _kill_one(toy, run_dir, shards, seconds / shards, chance)
+            finished = there is None
+            if there is not None:
                 kills += 1
-                kept.append(shards)
-                note(f"kill {kills} of {count}: {shards} shards were finished")
+                kept.append(there)
+                note(f"kill {kills} of {count}: {there} of {shards} shards were finished")
         if not finished:
             toy.succeed(run_dir)
         captures += 1
-        different += cache_files(run_dir) != expected
-        left = list(run_dir.glob(".partial-*"))
-        different += bool(left)
+        different += cache_files(run_dir) != expected or bool(list(run_dir.glob(".partial-*")))
         note(f"capture {captures}: {len(expected)} files compared, {different} captures differ so far")
     shutil.rmtree(scratch / "killed")
     return {
@@ -53,8 +52,9 @@ def kill_many(
         "captures": captures,
         "different": different,
         "files": len(expected),
+        "shards": shards,
         "finished_shards_at_kill": sorted(kept),
-        "capture_seconds": round(seconds, 2),
+        "undisturbed_seconds": round(seconds, 2),
     }
 
 
@@ -69,16 +69,20 @@ def _undisturbed(toy: ToyRun, run_dir: Path) -> float:
     return time.monotonic() - started
 
 
-def _kill_one(toy: ToyRun, run_dir: Path, after: float) -> int | None:
-    """Start and kill so many seconds into the capture; shards that were finished then, None where the stage was."""
+def _kill_one(toy: ToyRun, run_dir: Path, shards: int, shard_seconds: float, chance: random.Random) -> int | None:
+    """Start and kill; shards that were finished then, None where the run ended first."""
     process = toy.start(run_dir)
     _wait_for_start(process, run_dir)
-    deadline = time.monotonic() + after
-    while time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.002)
+    wanted = chance.randint(_finished(run_dir), shards)
+    while process.poll() is None and _finished(run_dir) < wanted:
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0, 2 * shard_seconds))
     kill_all(process)
-    partial = list(run_dir.glob(PARTIAL))
-    return len(list(partial[0].glob("*-*.json"))) if partial else None
+    return _finished(run_dir) if list(run_dir.glob(PARTIAL)) else None
+
+
+def _finished(run_dir: Path) -> int:
+    return len([record for out in run_dir.glob(PARTIAL) for record in out.glob("*-*.json")])
 
 
 def _wait_for_start(process: Any, run_dir: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ PREFIX = "r-"  # of the folders of clusters that are started
 LONGEST_FOLDER = 43  # characters: names of Unix sockets hold 107, and Ray adds up to 64
 CONNECT_SECONDS = 5.0
 QUIET = {"log_to_driver": False, "logging_level": logging.ERROR}
+SETTLED_SECONDS = 60.0  # old enough for a folder to be locked by whoever made it
 STARTS = 3  # of a cluster: Ray waits 30 s for its own processes, which a busy machine may exceed
 
 
@@ -116,15 +118,21 @@ def _folder() -> Iterator[Path]:
     from filelock import FileLock, Timeout
 
     parent = _short_folder()
-    for old in parent.glob(f"{PREFIX}*/lock"):
-        with contextlib.suppress(Timeout), FileLock(old, timeout=0):
-            shutil.rmtree(old.parent, ignore_errors=True)
+    for old in parent.glob(f"{PREFIX}*"):
+        with contextlib.suppress(Timeout, FileNotFoundError):
+            if time.time() - old.stat().st_mtime > SETTLED_SECONDS:  # its driver has had the time to take the lock
+                with FileLock(old / "lock", timeout=0):
+                    shutil.rmtree(old, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     try:
         with FileLock(folder / "lock"):
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # a log may still be written there
+        for _ in range(20):  # Ray's processes write their last words for a moment
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.2)
 
 
 def _first_line(error: Exception) -> str:

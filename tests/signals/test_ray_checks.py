@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from signals_synthetic import BigramEngine, capture, write_corpus
 
 from lmdistill.errors import PreflightError, StageError
 from lmdistill.recipe.schema import RuntimeSection
-from lmdistill.signals import ray_worker
+from lmdistill.signals import ray_cluster, ray_worker
 from lmdistill.signals.ray_cluster import check, size_crew
 from lmdistill.signals.ray_worker import ShardWorker, expectations, same_files, same_software, software
 
@@ -126,6 +127,7 @@ def test_workers_fit_the_cluster(nodes, device, threads, workers, crew):
     assert (found.workers, found.cpus, found.gpus) == crew
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=5),
     st.none() | st.integers(1, 64),
@@ -148,3 +150,19 @@ def test_a_crew_always_has_room(machines, threads, workers):
 def test_a_cluster_without_what_a_worker_needs_is_refused(nodes, device, message):
     with pytest.raises(StageError, match=message):
         size_crew(nodes, device, None, None)
+
+
+def test_what_a_killed_driver_left_is_removed(tmp_path, monkeypatch):
+    """Folders of clusters that nobody holds go when the next one starts; one that is held, or quite new, stays."""
+    from filelock import FileLock
+
+    monkeypatch.setattr(ray_cluster, "_short_folder", lambda: tmp_path)
+    left, held, new = (tmp_path / f"r-{name}" for name in ("left", "held", "new"))
+    for folder in (left, held, new):
+        (folder / "session").mkdir(parents=True)
+    with FileLock(held / "lock"):
+        for folder in (left, held):
+            os.utime(folder, (0, 0))
+        with ray_cluster._folder() as mine:
+            assert sorted(tmp_path.iterdir()) == sorted([held, new, mine])
+    assert sorted(tmp_path.iterdir()) == sorted([held, new])
