@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from training_toys import LENGTH, ROWS, SHAPE, save_word_tokenizer
 
-from lmdistill.errors import LmdistillError, PreflightError
+from lmdistill.errors import LmdistillError, PreflightError, RecipeError
 from lmdistill.losses import registry
 from lmdistill.pipeline.keys import semantic
 from lmdistill.pipeline.stage import Artefact, ModelRef, Planned, PreflightContext, Runtime, StageContext
@@ -171,3 +171,32 @@ def test_the_losses_are_listed_with_the_keys_they_read() -> None:
     losses = STAGE.choices()["loss"]
     assert set(losses) == set(registry.catalogue())
     assert losses["js"].endswith("[js_beta]") and all(len(meaning) > 20 for meaning in losses.values())
+
+
+RECIPE = """
+name: short
+teacher: {teacher}
+stages:
+- stage: corpus
+  sources: [{{source: data.jsonl}}]
+- stage: student
+- stage: distill
+  loss: {loss}
+"""
+
+
+@pytest.mark.parametrize("teacher", ["some/folder", "null"])
+def test_a_recipe_without_teach_is_whole_for_a_live_teacher_alone(teacher: str, tmp_path: Path) -> None:
+    from lmdistill.recipe import load_recipe
+
+    def load(loss: str) -> Any:
+        (tmp_path / "short.yaml").write_text(RECIPE.format(loss=loss, teacher=teacher))
+        return load_recipe(tmp_path / "short.yaml")
+
+    with pytest.raises(RecipeError, match="needs a signals"):
+        load("decoupled_topk")
+    if teacher == "null":
+        with pytest.raises(RecipeError, match="distill: needs a teacher"):
+            load("full_kl")
+    else:
+        assert load("full_kl").entry("distill").inputs == {"signals": ("corpus",), "student": ("student",)}
