@@ -1,6 +1,7 @@
-"""A run's report as the tables of README.md: python benchmarks/ladder.py runs/lfm_small
+"""A run's report as the tables of README.md: python benchmarks/ladder.py runs/lfm_small [--json]
 
-Prints Markdown: the ladder, the gates, seconds of each stage, and the machine and date they belong to.
+Prints Markdown: the ladder, the gates, seconds of each stage, and the machine and date they belong to; with --json the
+same cells as one object.
 """
 
 from __future__ import annotations
@@ -11,7 +12,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("", "NLL", "bits/byte", "KL to teacher", "KL to parent", "prefill tok/s", "decode tok/s", "peak MB", "MB")
+COLUMNS = (
+    "artefact",
+    "NLL",
+    "bits/byte",
+    "KL to teacher",
+    "KL to parent",
+    "prefill tok/s",
+    "decode tok/s",
+    "peak MB",
+    "MB",
+)
 
 
 def number(value: float | None, spec: str, scale: float = 1.0) -> str:
@@ -51,7 +62,13 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run folder")
-    report = json.loads((parser.parse_args().run / "report.json").read_text())
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    report = json.loads((arguments.run / "report.json").read_text())
+    if arguments.json:
+        ladder = [dict(zip(COLUMNS, ladder_row(row), strict=True)) for row in report["ladder"]]
+        print(json.dumps({"ladder": ladder, "gates": report["gates"], "stages": report["stages"]}))
+        return
     machine = report["hardware"]
     memory = machine["memory_bytes"] / 1e9
     print(f"{machine['processor']}, {machine['threads']} threads, {memory:.0f} GB, {report['date'][:10]}.\n")

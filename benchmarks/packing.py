@@ -129,7 +129,9 @@ def main() -> None:
     parser.add_argument("cache", type=Path, help="a finished teach stage, or its out/")
     parser.add_argument("--split", default="train")
     parser.add_argument("--passes", type=int, default=5)
-    print(json.dumps(measure(parser.parse_args())))
+    parser.add_argument("--json", action="store_true", help="on one line, not indented")
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments), indent=None if arguments.json else 1))
 
 
 if __name__ == "__main__":

@@ -53,3 +53,17 @@ def test_memory_and_setting_are_recorded(loss: dict[str, Any]) -> None:
 def test_every_benchmark_says_how_it_is_run(script: str) -> None:
     assert f"python benchmarks/{script}" in (FOLDER / script).read_text()
     assert "--json" in _run(script, "--help")
+
+
+def test_sampled_gradients_average_to_the_full_one_and_top_k_stays_away(tmp_path: Path) -> None:
+    kept = tmp_path / "sampled.json"
+    small = f"--json --tokens 256 --seeds 3 --cache-tokens 512 --out {kept}".split()
+    printed: dict[str, Any] = json.loads(_run("sampled.py", *small))
+    assert json.loads(kept.read_text()) == printed
+    strata, independent = printed["sampled"]["strata"], printed["sampled"]["independent"]
+    assert strata["mean_of_seeds"] == pytest.approx(strata["mean_if_unbiased"], rel=0.3)
+    assert strata["one_seed"] < independent["one_seed"]
+    assert 8 < strata["distinct_ids"] <= 24
+    assert abs(strata["kl"] - printed["full"]["kl"]) < 6 * strata["kl_standard_error"]
+    assert printed["top_k"]["topk_renormalised"]["distance"] > strata["mean_of_seeds"]
+    assert printed["cache"]["bytes_per_token"] > 0 and printed["cache"]["read_tps"] > 0
