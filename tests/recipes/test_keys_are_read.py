@@ -21,6 +21,7 @@ ROOT = Path(lmdistill.__file__).parent
 # What instances of a model nested in a stage's keys are called where they are read; a stage's own keys: `config`.
 NAMES = {
     "AssetSpec": {"spec", "asset", "source", "teacher"},
+    "ModelSpec": {"spec", "asset", "source", "teacher", "member"},
     "Source": {"source", "spec", "asset"},
     "SpeedConfig": {"speed"},
     "Gate": {"gate"},
