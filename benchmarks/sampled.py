@@ -162,9 +162,10 @@ def measure_cache(engine: Any, teacher: ModelRef, corpus: CorpusReader, sampling
         manifest = Capture(
             Path(folder), corpus, ("train",), layout, info, lambda: engine, 10_000, 8, progress=SilentProgress()
         ).run()
-        reader, speeds = SignalsReader(Path(folder)), []
-        reader.read([0])
+        speeds = []
         for seed in range(READ_PASSES):
+            reader = SignalsReader(Path(folder), verify=False)  # a new one: nothing is decoded yet
+            reader.read([0])
             order = np.random.default_rng(seed).permutation(reader.rows)
             started = time.process_time()
             for start in range(0, reader.rows, READ_ROWS):
