@@ -471,6 +471,8 @@ def test_unfit_wishes_are_refused(documents, options, tmp_path):
         ({"k": 17}, "17 entries of a token are asked for, the data has 16"),
         ({"row_tokens": 1}, "no document has two tokens"),
         ({"variant": "sampled"}, "not draws"),
+        ({"alignment": "same"}, "--alignment goes with --format axolotl"),
+        ({"drop_unmatched": True}, "--drop-unmatched goes with --format axolotl"),
     ):
         with pytest.raises(LmdistillError, match=message):
             import_cache(tmp_path / "data", tmp_path / "out", replace(options, **changes))

@@ -32,7 +32,10 @@ from lmdistill.signals.format import MANIFEST_FILE, ImportInfo, Layout, Manifest
 from lmdistill.signals.shard_work import Meter
 from lmdistill.signals.writer import ShardRecord
 
-FORMATS = ("axolotl", "distillkit")
+FORMATS = {  # and the options that each alone reads
+    "axolotl": ("alignment", "logprobs_field", "messages_field", "drop_unmatched"),
+    "distillkit": ("config",),
+}
 VERSION = "1"  # of how data is understood
 
 
@@ -176,11 +179,18 @@ def _check_options(options: ImportOptions) -> None:
             f"--variant {options.variant}: imported log-probs are the most likely, not draws", fix="mmap or compact"
         )
     for name, value, allowed in (
-        ("format", options.format, FORMATS),
+        ("format", options.format, (*FORMATS,)),
         ("alignment", options.alignment, ("next", "same")),
     ):
         if value not in allowed:
             raise PreflightError(f"--{name} {value}{nearest(value, allowed)}", fix=f"one of: {', '.join(allowed)}")
+    plain = ImportOptions(options.format, options.tokenizer)
+    for other in FORMATS.keys() - {options.format}:
+        for name in FORMATS[other]:
+            if getattr(options, name) != getattr(plain, name):
+                raise PreflightError(
+                    f"--{name.replace('_', '-')} goes with --format {other}", fix=f"leave it out for {options.format}"
+                )
     if not (options.temperature > 0 and 0 <= options.valid_fraction < 1):
         raise PreflightError("--temperature is above 0, --valid-fraction from 0 to below 1", fix="correct them")
 
