@@ -217,7 +217,7 @@ class Stage(Generic[ConfigT]):
         return False
 
     def inputs_for(self, config: ConfigT) -> tuple[Input, ...]:
-        """`inputs`, with the kinds that this configuration can do with; the roles are always the same."""
+        """`inputs`, with the kinds that this configuration can do with, and the roles that it adds."""
         return self.inputs
 
     def tools_used(self, config: ConfigT) -> tuple[str, ...]:

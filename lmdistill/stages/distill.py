@@ -39,17 +39,20 @@ class DistillStage(Stage[DistillConfig]):
         return config.live
 
     def choices(self) -> dict[str, dict[str, str]]:
-        """The losses, with the keys that each of them reads."""
+        """The losses, with the keys that each of them reads, and what else goes by name."""
         from lmdistill.losses.registry import catalogue
+        from lmdistill.training.schedules import shapes
 
         read = {name: f" [{', '.join(one.options)}]" if one.options else "" for name, one in catalogue().items()}
-        return {"loss": {name: one.summary + read[name] for name, one in catalogue().items()}}
+        losses = {name: one.summary + read[name] for name, one in catalogue().items()}
+        return {"loss": losses, "shape of a schedule": shapes()}
 
     def preflight(self, ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
         """The loss and its keys. (That student and cache share their tokens is the student stage's to check.)"""
         from lmdistill.training.loss_checks import check_live_teacher, check_loss
+        from lmdistill.training.phase_checks import check_phases
 
-        problems = check_loss(ctx) + check_live_teacher(ctx)
+        problems = check_loss(ctx) + check_live_teacher(ctx) + check_phases(ctx)
         header = Path(sysconfig.get_path("include")) / "Python.h"
         if ctx.config.compile and not (shutil.which(os.environ.get("CXX", "g++")) and header.exists()):
             problems.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,6 +28,7 @@ from lmdistill.pipeline.stage import (
 from lmdistill.signals.variants import TOOLS
 from lmdistill.teachers.registry import ENGINES, check_engine, create_engine, tools_of
 from lmdistill.teachers.sampling_keys import SAMPLED, draw_keys, stray_keys
+from lmdistill.teachers.speaker import ROLE, planned_speaker, speaker
 from lmdistill.teachers.token_maps import check_same_tokens, real_vocabulary, token_map
 from lmdistill.teachers.vllm_options import EndpointOptions, VllmOptions
 
@@ -43,6 +45,9 @@ CPU_FLOPS = 2e11  # of two cores with AVX512-BF16, measured: 860 tokens a second
 class TeachConfig(StageConfig):
     """What is kept of the teacher's predictions, and how they are computed."""
 
+    teacher: Annotated[Literal["recipe", "model"], AddedKey()] = Field(
+        default="recipe", description="who speaks: the recipe's teacher, or the model of an earlier stage (`from:`)"
+    )
     k: Annotated[int, Field(ge=1, le=65_536)] = Field(default=32, description="log-probs kept of each token's teacher")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="the teacher's weights and logits")
     engine: str = Field(default="transformers", description="what runs the teacher (lmdistill/teachers/registry.py)")
@@ -125,9 +130,13 @@ class TeachStage(Stage[TeachConfig]):
     inputs = (Input("corpus", ("corpus",)),)
     output = "signals"
 
+    def inputs_for(self, config: TeachConfig) -> tuple[Input, ...]:
+        """A model that speaks in the teacher's place."""
+        return self.inputs if config.teacher == "recipe" else (*self.inputs, Input(ROLE, ("model",)))
+
     def uses_teacher(self, config: TeachConfig) -> bool:
-        """The teacher speaks here."""
-        return True
+        """The recipe's teacher speaks here, unless a model does."""
+        return config.teacher == "recipe"
 
     def tools_used(self, config: TeachConfig) -> tuple[str, ...]:
         """Those of the engine and of the variant."""
@@ -137,6 +146,7 @@ class TeachStage(Stage[TeachConfig]):
         """Engine, variant, K against the vocabulary, token maps, teachers, hidden states, splits, the Ray cluster."""
         from lmdistill.teachers.planned import check_planned_ensemble, check_planned_hidden
 
+        ctx = replace(ctx, teacher=planned_speaker(ctx))
         errors: list[LmdistillError] = []
         checks = (
             _check_engine,
@@ -156,6 +166,7 @@ class TeachStage(Stage[TeachConfig]):
 
     def estimate(self, ctx: PreflightContext[TeachConfig]) -> Estimate:
         """Disk from the corpus' rows, memory and time from the teacher's parameters."""
+        ctx = replace(ctx, teacher=planned_speaker(ctx))
         tokens, disk, memory, seconds = _tokens(ctx), None, None, None
         if ctx.teacher is not None:
             from lmdistill.teachers.planned import planned_load
@@ -177,6 +188,7 @@ class TeachStage(Stage[TeachConfig]):
         from lmdistill.teachers.opening import open_engine
         from lmdistill.teachers.planned import who_speaks
 
+        ctx = replace(ctx, teacher=speaker(ctx))
         corpus, teacher = CorpusReader(ctx.one("corpus").out), ctx.need_teacher()
         corpus.verify()
         _check_k(ctx.config.k, corpus.meta.vocab_size)

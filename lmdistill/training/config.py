@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from lmdistill.losses.registry import LossOptions
 from lmdistill.pipeline.stage import AddedKey, RuntimeKey, StageConfig
+from lmdistill.training.schedules import TemperatureChange, WeightChange
 
 
 class DistillConfig(StageConfig):
@@ -23,6 +24,12 @@ class DistillConfig(StageConfig):
         default="convex", description="convex: (1−λ)·CE + λ·KD; additive: CE + λ·KD"
     )
     temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="τ of losses that read it")
+    kd_weight_schedule: Annotated[WeightChange | None, AddedKey()] = Field(
+        default=None, description="where λ goes in training; null: it stays"
+    )
+    temperature_schedule: Annotated[TemperatureChange | None, AddedKey()] = Field(
+        default=None, description="where τ goes in training; null: it stays"
+    )
     mass_weighted: bool = Field(default=True, description="weigh the tempered term with the teacher's top-K mass P")
     hinton_scaled: bool = Field(default=False, description="multiply the tempered term by τ²")
     self_normalised: Annotated[bool, AddedKey()] = Field(
@@ -102,8 +109,8 @@ class DistillConfig(StageConfig):
             bd_weight=self.bd_weight,
         )
 
-    def weights(self) -> tuple[float, float]:
-        """Weights of the distillation loss and of cross-entropy."""
+    def weights(self, kd_weight: float) -> tuple[float, float]:
+        """Weights of the distillation loss and of cross-entropy where λ is `kd_weight`."""
         if self.loss == "ce":
             return 0.0, 1.0
-        return self.kd_weight, 1.0 if self.mix == "additive" else 1.0 - self.kd_weight
+        return kd_weight, 1.0 if self.mix == "additive" else 1.0 - kd_weight

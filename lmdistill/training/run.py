@@ -13,6 +13,7 @@ from lmdistill.pipeline.stage import ModelRef, Progress
 from lmdistill.signals.reader import SignalsReader
 from lmdistill.training.config import DistillConfig
 from lmdistill.training.corpus_rows import CorpusRows
+from lmdistill.training.schedules import scheduled
 
 Reader = SignalsReader | CorpusRows
 
@@ -135,22 +136,21 @@ def _semantic(config: DistillConfig) -> Any:
 
 
 def _trainer(model: Any, reader: Reader, config: DistillConfig, place: Place, progress: Progress) -> Any:
-    from lmdistill.losses import registry
-    from lmdistill.losses.fused_head import Mix
     from lmdistill.training.data import RowDataset, SignalsCollator, row_order
+    from lmdistill.training.phases import Phases
     from lmdistill.training.student_forward import attach_loss
     from lmdistill.training.trainer import CheckpointSeal, DistillationTrainer, ProgressReport
 
-    mix = Mix(registry.get(config.loss), config.options(), *config.weights())
-    attach_loss(model, mix, config.chunk, _live(reader, config, place, model))
     steps = steps_of(config, reader.row_tokens)
+    phases = Phases(config, steps)
+    attach_loss(model, phases.now, config.chunk, _live(reader, config, place, model))
     order = row_order(reader.rows, steps * config.batch_rows, config.seed)
     return DistillationTrainer(
         model=model,
         args=_arguments(config, place, steps),
         train_dataset=RowDataset(order),
         data_collator=SignalsCollator(reader, reader.manifest.packing == "isolate"),
-        callbacks=[CheckpointSeal(), ProgressReport(progress, config.batch_rows * reader.row_tokens)],
+        callbacks=[phases, CheckpointSeal(), ProgressReport(progress, config.batch_rows * reader.row_tokens)],
         lr=config.lr,
         relative=config.lr_scale == "relative",
     )
@@ -211,6 +211,7 @@ def _record(reader: Reader, config: DistillConfig, state: Any, frozen: int, mode
     log = [
         {"step": line["step"], "tokens": line["step"] * per_step}
         | {key: line[key] for key in ("loss", "kd", "ce", "grad_norm", "learning_rate") if key in line}
+        | scheduled(config, line["step"] - 1, state.max_steps)
         for line in state.log_history
         if "loss" in line
     ]

@@ -9,6 +9,7 @@ Axes: R rows, T positions, D hidden width, K entries, N positions whose predicti
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
     from lmdistill.training.live_teacher import LiveEngine
 
 
-def attach_loss(model: Any, mix: Mix, chunk: int, teacher: LiveEngine | None = None) -> Any:
+def attach_loss(model: Any, mix: Callable[[], Mix], chunk: int, teacher: LiveEngine | None = None) -> Any:
     """Give `model` a forward of (input_ids, labels, teacher_*) → {"loss", "kd", "ce"}; returns the model.
 
-    The loss is a mean in nats over the counted positions of the whole (accumulated) batch. A live `teacher` sees the
-    same rows in the same step.
+    The loss is a mean in nats over the counted positions of the whole (accumulated) batch. `mix` says how it is made
+    up in the step at hand. A live `teacher` sees the same rows in the same step.
     """
 
     def forward(
@@ -55,7 +56,7 @@ def attach_loss(model: Any, mix: Mix, chunk: int, teacher: LiveEngine | None = N
         if teacher is not None:
             targets = replace(targets, live=teacher.speak(input_ids, position_ids, counts_RT))
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            sums = fused_head_loss(hidden_ND, self.lm_head.weight, targets, mix, chunk)
+            sums = fused_head_loss(hidden_ND, self.lm_head.weight, targets, mix(), chunk)
         count = hidden_ND.shape[0] if num_items_in_batch is None else num_items_in_batch
         return {"loss": sums.total / count, "kd": sums.kd / count, "ce": sums.ce / count}
 

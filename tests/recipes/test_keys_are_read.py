@@ -29,6 +29,8 @@ NAMES = {
     "RuntimeSection": {"runtime"},
     "VllmOptions": {"vllm"},
     "EndpointOptions": {"options"},
+    "WeightChange": {"change"},
+    "TemperatureChange": {"change"},
 }
 # Written out whole into a dataclass or a call (vllm.LLM) with the same fields, which refuses one that it lacks.
 DUMPED = ("SpeedConfig", "RuntimeSection", "VllmOptions")

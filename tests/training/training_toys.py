@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +18,8 @@ SHAPE = {
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
 }
+
+QUICK = {"tokens": LENGTH * 8 * 12, "batch_rows": 8, "lr": 0.2, "precision": "float32", "log_steps": 2}
 
 
 def save_word_tokenizer(folder: Path, words: int = VOCAB, prefix: str = "w") -> None:
@@ -35,3 +39,23 @@ def save_toy(folder: Path, seed: int, spread: float) -> Path:
     LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=spread)).save_pretrained(folder)
     save_word_tokenizer(folder)
     return folder
+
+
+def train_toy(folder: Path, signals: Any, student: Any, teacher: Any = None, **keys: Any) -> dict[str, Any]:
+    """The distill stage on toy artefacts, in `folder`, on one thread; returns training.json."""
+    from lmdistill.pipeline.stage import Runtime, StageContext
+    from lmdistill.stages.distill import DistillConfig, DistillStage
+
+    for name in ("out", "work"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    config = DistillConfig.model_validate({**QUICK, **keys})
+    inputs = {"signals": [signals], "student": [student]}
+    ctx = StageContext("distill", config, inputs, teacher, folder / "out", folder / "work", runtime=Runtime("cpu", 1))
+    DistillStage().verify(ctx, DistillStage().run(ctx))
+    record: dict[str, Any] = json.loads((folder / "out" / "training.json").read_text())
+    return record
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
