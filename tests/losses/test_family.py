@@ -86,7 +86,8 @@ def test_the_fused_heads_gradients_are_within_1e5_of_float64_autograds(
     wide = Targets(targets.next_N, targets.ids_NK, targets.logp_NK.double(), targets.tail_N.double())
     wanted = defined(name, exact[0] @ exact[1].T, wide, options).sum()
     wanted.backward()
-    assert loss == pytest.approx(wanted.item(), rel=1e-5, abs=1e-6)
+    # a loss is a difference of log-probs of some size, so float32 leaves it absolute digits only
+    assert loss == pytest.approx(wanted.item(), rel=1e-5, abs=5e-6)
     for ours, theirs in zip(found, exact, strict=True):
         assert theirs.grad is not None
         assert (ours.double() - theirs.grad).abs().max() <= 1e-5 * theirs.grad.abs().max() + 1e-7
