@@ -10,13 +10,12 @@ Axes: N positions in a chunk, D hidden width, V vocabulary, K cached entries, S 
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from lmdistill.errors import RecipeError, nearest
+from lmdistill.modules import import_all
 
 if TYPE_CHECKING:
     import torch
@@ -149,9 +148,7 @@ def loss(name: str, signals: str = "any", options: tuple[str, ...] = ()) -> Call
 
 def catalogue() -> dict[str, Loss]:
     """All losses by name, sorted."""
-    package = importlib.import_module("lmdistill.losses")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"lmdistill.losses.{module.name}")
+    import_all("lmdistill.losses")
     return dict(sorted(_LOSSES.items()))
 
 

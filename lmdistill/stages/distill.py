@@ -30,29 +30,36 @@ class DistillStage(Stage[DistillConfig]):
 
     def inputs_for(self, config: DistillConfig) -> tuple[Input, ...]:
         """A live teacher needs no cache: a corpus will do."""
-        if not config.live:
+        if config.needs_cache:
             return self.inputs
         return (Input("signals", ("signals", "corpus")), *self.inputs[1:])
 
     def uses_teacher(self, config: DistillConfig) -> bool:
         """Where it runs beside the student; else only the cache speaks for it."""
-        return config.live
+        return config.runs_teacher
 
     def choices(self) -> dict[str, dict[str, str]]:
         """The losses, with the keys that each of them reads, and what else goes by name."""
-        from lmdistill.losses.registry import catalogue
+        from lmdistill.intermediate import registry as intermediate
+        from lmdistill.losses import registry as losses
         from lmdistill.training.schedules import shapes
 
-        read = {name: f" [{', '.join(one.options)}]" if one.options else "" for name, one in catalogue().items()}
-        losses = {name: one.summary + read[name] for name, one in catalogue().items()}
-        return {"loss": losses, "shape of a schedule": shapes()}
+        def described(entry: losses.Loss | intermediate.Entry) -> str:
+            return entry.summary + (f" [{', '.join(entry.options)}]" if entry.options else "")
+
+        return {
+            "loss": {name: described(entry) for name, entry in losses.catalogue().items()},
+            "intermediate[].loss": {name: described(entry) for name, entry in intermediate.catalogue().items()},
+            "shape of a schedule": shapes(),
+        }
 
     def preflight(self, ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
         """The loss and its keys. (That student and cache share their tokens is the student stage's to check.)"""
+        from lmdistill.intermediate.checks import check_intermediate
         from lmdistill.training.loss_checks import check_live_teacher, check_loss
         from lmdistill.training.phase_checks import check_phases
 
-        problems = check_loss(ctx) + check_live_teacher(ctx) + check_phases(ctx)
+        problems = check_loss(ctx) + check_live_teacher(ctx) + check_phases(ctx) + check_intermediate(ctx)
         header = Path(sysconfig.get_path("include")) / "Python.h"
         if ctx.config.compile and not (shutil.which(os.environ.get("CXX", "g++")) and header.exists()):
             problems.append(
@@ -111,7 +118,8 @@ class DistillStage(Stage[DistillConfig]):
             ctx.work / "checkpoints",
             ctx.runtime.resolve_device(),
             student.digest,
-            ctx.need_teacher() if ctx.config.live else None,
+            ctx.need_teacher() if ctx.config.runs_teacher else None,
+            ctx.teacher,
         )
         record = train(reader, ctx.config, place, ctx.progress)
         (ctx.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -150,7 +158,7 @@ def _wrong_pair(ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
 
 def _live_load(ctx: PreflightContext[DistillConfig], shape: dict[str, Any], batch_tokens: int) -> tuple[int, int]:
     """(operations a token, bytes of memory) of a teacher that runs beside the student; none where none does."""
-    if not ctx.config.live or ctx.teacher is None:
+    if not ctx.config.runs_teacher or ctx.teacher is None:
         return 0, 0
     from lmdistill.training.live_teacher import live_load
 

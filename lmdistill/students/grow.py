@@ -96,13 +96,14 @@ def _empty_student(source: Any, plan: list[Fate], growth: Growth) -> Any:
     return student
 
 
-def _spans(plan: list[Fate]) -> list[range]:
+def spans(plan: list[Fate]) -> list[range]:
     """For each kept block, the teacher's blocks it has to stand for: itself and those gone up to the next kept one."""
-    kept = _kept(plan)
-    return [range(start, end) for start, end in zip([0, *kept[1:]], [*kept[1:], len(plan)], strict=True)]
+    first = kept_blocks(plan)[1:]
+    return [range(start, end) for start, end in zip([0, *first], [*first, len(plan)], strict=True)]
 
 
-def _kept(plan: list[Fate]) -> list[int]:
+def kept_blocks(plan: list[Fate]) -> list[int]:
+    """The blocks of the teacher that the student has."""
     return [index for index, fate in enumerate(plan) if fate != "gone"]
 
 
@@ -118,8 +119,8 @@ def grow(source: Any, tokens_RT: torch.Tensor, growth: Growth, work: Path, progr
     rotary = blocks.positions(source, teacher_RTD[:1])
     errors = []
     how = growth.fit
-    originals = [source.model.layers[layer] for layer in _kept(plan)]
-    for index, (span, block, original) in enumerate(zip(_spans(plan), student.model.layers, originals, strict=True)):
+    originals = [source.model.layers[layer] for layer in kept_blocks(plan)]
+    for index, (span, block, original) in enumerate(zip(spans(plan), student.model.layers, originals, strict=True)):
         for layer in span:
             teacher_RTD = regression.advance(source.model.layers[layer], teacher_RTD, rotary, how.rows, how.precision)
         errors.append(

@@ -29,14 +29,14 @@ class Fit:
     seed: int
 
 
-def relative_error(out_RTD: torch.Tensor, target_RTD: torch.Tensor) -> torch.Tensor:
-    """Squared error of a position relative to the squared length of its target, averaged.
+def relative_errors(out_RTD: torch.Tensor, target_RTD: torch.Tensor) -> torch.Tensor:
+    """Squared error of each position relative to the squared length of its target `[R, T]`.
 
     The next block normalises every position, so an error counts by what share of the position it is; the few
     positions with huge activations would own a plain mean square.
     """
     error_RT = (out_RTD.float() - target_RTD.float()).pow(2).sum(-1)
-    return (error_RT / target_RTD.float().pow(2).sum(-1)).mean()
+    return error_RT / target_RTD.float().pow(2).sum(-1)
 
 
 def fit_block(
@@ -50,7 +50,7 @@ def fit_block(
     def error(rows: Any) -> torch.Tensor:
         with torch.autocast(device, dtype, enabled=how.precision != "float32"):
             out_RTD = blocks.run_block(block, inputs_RTD[rows], rotary)
-        return relative_error(out_RTD, targets_RTD[rows])
+        return relative_errors(out_RTD, targets_RTD[rows]).mean()
 
     with torch.no_grad():
         before = error(probe).item()

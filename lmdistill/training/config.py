@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from lmdistill.intermediate.keys import IntermediateKeys
 from lmdistill.losses.registry import LossOptions
 from lmdistill.pipeline.stage import AddedKey, RuntimeKey, StageConfig
 from lmdistill.training.schedules import TemperatureChange, WeightChange
@@ -43,6 +44,9 @@ class DistillConfig(StageConfig):
     )
     bd_weight: Annotated[float, AddedKey(), Field(ge=0.5, le=1)] = Field(
         default=0.75, description="`loss: bd_kd`: weight of the KL that corrects the student's sharpness"
+    )
+    intermediate: Annotated[tuple[IntermediateKeys, ...], AddedKey()] = Field(
+        default=(), description="losses on hidden states, attention relations or blocks, beside the one at the head"
     )
     tokens: Annotated[int, Field(ge=1)] = Field(
         default=1_000_000, description="tokens to train on; more than the cache holds means several epochs"
@@ -94,8 +98,19 @@ class DistillConfig(StageConfig):
 
     @property
     def live(self) -> bool:
-        """Whether the teacher itself runs beside the student."""
+        """Whether the loss at the head needs the teacher itself."""
         return self.loss == "full_kl"
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether the teacher itself runs beside the student, for any loss."""
+        return self.live or any(entry.runs_teacher for entry in self.intermediate)
+
+    @property
+    def needs_cache(self) -> bool:
+        """Whether any loss reads what the teacher said beforehand; else the corpus' rows will do."""
+        cached = any(not entry.runs_teacher for entry in self.intermediate)
+        return cached or not (self.live or self.loss == "none")
 
     def options(self) -> LossOptions:
         """What losses read, each of them some."""
@@ -111,6 +126,8 @@ class DistillConfig(StageConfig):
 
     def weights(self, kd_weight: float) -> tuple[float, float]:
         """Weights of the distillation loss and of cross-entropy where λ is `kd_weight`."""
+        if self.loss == "none":
+            return 0.0, 0.0
         if self.loss == "ce":
             return 0.0, 1.0
         return kd_weight, 1.0 if self.mix == "additive" else 1.0 - kd_weight

@@ -35,13 +35,21 @@ class LiveEngine(TransformersEngine):
         """Tokens that it has logits for."""
         return int(self._weight_VD.shape[0])
 
-    def speak(self, tokens_RT: Any, positions_RT: Any, counts_RT: Any) -> LiveTeacher:
-        """What it has to say at the positions that count, in the capture's precision whatever surrounds the call."""
+    @property
+    def model(self) -> Any:
+        """The teacher itself."""
+        return self._model
+
+    def run(self, tokens_RT: Any, positions_RT: Any) -> Any:
+        """Its last hidden states `[R, T, D]`, in the capture's precision whatever surrounds the call."""
         import torch
 
         with torch.no_grad(), torch.autocast(tokens_RT.device.type, enabled=False):
-            hidden_RTD = self._hidden(tokens_RT, positions_RT)
-        return LiveTeacher(hidden_RTD[counts_RT], self._weight_VD, self._bias_V)
+            return self._hidden(tokens_RT, positions_RT)
+
+    def speak(self, tokens_RT: Any, positions_RT: Any, counts_RT: Any) -> LiveTeacher:
+        """What it has to say at the positions that count."""
+        return LiveTeacher(self.run(tokens_RT, positions_RT)[counts_RT], self._weight_VD, self._bias_V)
 
 
 def open_live(teacher: ModelRef, student: Path, precision: str, device: str, isolate: bool) -> LiveEngine:

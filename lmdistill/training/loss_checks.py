@@ -35,7 +35,7 @@ def check_live_teacher(ctx: PreflightContext[DistillConfig]) -> list[LmdistillEr
     from lmdistill.teachers.token_maps import check_same_tokens, token_map
 
     corpus = ctx.ancestor("corpus")
-    if not ctx.config.live or ctx.teacher is None or corpus is None:
+    if not ctx.config.runs_teacher or ctx.teacher is None or corpus is None:
         return []
     try:
         folder = planned_tokenizer(corpus, ctx.teacher)

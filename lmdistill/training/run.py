@@ -28,6 +28,7 @@ class Place:
     device: str
     student_digest: str
     live_teacher: ModelRef | None = None  # for losses that run the teacher beside the student
+    teacher: ModelRef | None = None  # the recipe's, where it has one
 
 
 def steps_of(config: DistillConfig, row_tokens: int) -> int:
@@ -44,6 +45,7 @@ def train(reader: Reader, config: DistillConfig, place: Place, progress: Progres
     from transformers import set_seed
 
     from lmdistill.checkpoints import load_model, save_model
+    from lmdistill.intermediate.attach import detach, recorded
     from lmdistill.training import optimizer
     from lmdistill.training.pairing import check_pair
     from lmdistill.training.trainer import last_checkpoint
@@ -58,11 +60,13 @@ def train(reader: Reader, config: DistillConfig, place: Place, progress: Progres
         compile_blocks(model)
     trainer = _trainer(model, reader, config, place, progress)
     trainer.train_from(last_checkpoint(place.work))
+    compared = detach(model)
     model.__dict__.pop("forward")
     if config.save_grid == "float16":
         round_matrices(model)
     save_model(model.float(), place.output, tokenizer_from=place.student)
-    return _record(reader, config, trainer.state, frozen, model)
+    parts = ["kd", "ce", *(one["name"] for one in compared)]
+    return _record(reader, config, trainer.state, frozen, model, parts) | recorded(compared, place.student)
 
 
 def compile_blocks(model: Any) -> None:
@@ -136,20 +140,26 @@ def _semantic(config: DistillConfig) -> Any:
 
 
 def _trainer(model: Any, reader: Reader, config: DistillConfig, place: Place, progress: Progress) -> Any:
+    from lmdistill.intermediate.attach import Sources, attach
     from lmdistill.training.data import RowDataset, SignalsCollator, row_order
     from lmdistill.training.phases import Phases
     from lmdistill.training.student_forward import attach_loss
     from lmdistill.training.trainer import CheckpointSeal, DistillationTrainer, ProgressReport
 
+    teacher = _live(reader, config, place, model)
     steps = steps_of(config, reader.row_tokens)
     phases = Phases(config, steps)
-    attach_loss(model, phases.now, config.chunk, _live(reader, config, place, model))
+    attach_loss(model, phases.now, config.chunk, teacher if config.live else None)
     order = row_order(reader.rows, steps * config.batch_rows, config.seed)
+    collator = SignalsCollator(reader, reader.manifest.packing == "isolate")
+    if config.intermediate:
+        sources = Sources(reader, place.student, teacher, place.teacher)
+        collator = attach(model, config.intermediate, sources, order.tolist(), config.seed, config.loss != "none")
     return DistillationTrainer(
         model=model,
         args=_arguments(config, place, steps),
         train_dataset=RowDataset(order),
-        data_collator=SignalsCollator(reader, reader.manifest.packing == "isolate"),
+        data_collator=collator,
         callbacks=[phases, CheckpointSeal(), ProgressReport(progress, config.batch_rows * reader.row_tokens)],
         lr=config.lr,
         relative=config.lr_scale == "relative",
@@ -205,12 +215,14 @@ def _arguments(config: DistillConfig, place: Place, steps: int) -> Any:
     )
 
 
-def _record(reader: Reader, config: DistillConfig, state: Any, frozen: int, model: Any) -> dict[str, Any]:
+def _record(
+    reader: Reader, config: DistillConfig, state: Any, frozen: int, model: Any, parts: list[str]
+) -> dict[str, Any]:
     """What training.json says: settings, digests and the loss curve; nothing that differs from run to run."""
     per_step = config.batch_rows * reader.row_tokens
     log = [
         {"step": line["step"], "tokens": line["step"] * per_step}
-        | {key: line[key] for key in ("loss", "kd", "ce", "grad_norm", "learning_rate") if key in line}
+        | {key: line[key] for key in ("loss", *parts, "grad_norm", "learning_rate") if key in line}
         | scheduled(config, line["step"] - 1, state.max_steps)
         for line in state.log_history
         if "loss" in line

@@ -22,7 +22,7 @@ COMPLETE = "complete"
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
-    """Trains a student whose forward returns {"loss", "kd", "ce"} (see student_forward.py)."""
+    """Trains a student whose forward returns "loss" and its parts, as "kd" and "ce" (see student_forward.py)."""
 
     def __init__(self, *args: Any, lr: float, relative: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,7 +46,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The model's own loss; its parts are kept for the next line of the log."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        for part in ("kd", "ce"):
+        for part in (name for name in outputs if name != "loss"):
             value = outputs[part].detach()
             self._parts[part] = self._parts[part] + value if part in self._parts else value
         return (loss, outputs) if return_outputs else loss

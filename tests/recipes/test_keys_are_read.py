@@ -25,6 +25,7 @@ NAMES = {
     "Source": {"source", "spec", "asset"},
     "SpeedConfig": {"speed"},
     "Gate": {"gate"},
+    "IntermediateKeys": {"keys"},
     "Bound": {"bound"},
     "RuntimeSection": {"runtime"},
     "VllmOptions": {"vllm"},
