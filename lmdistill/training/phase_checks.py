@@ -8,6 +8,8 @@ from lmdistill.pipeline.stage import PreflightContext
 from lmdistill.training.config import DistillConfig
 from lmdistill.training.schedules import find_shape
 
+NO_MIX = ("ce", "none")  # losses without a weight λ
+
 
 def check_phases(ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
     """Shapes that are not there, and schedules of what the chosen loss does not read."""
@@ -31,8 +33,8 @@ def _unread_schedules(ctx: PreflightContext[DistillConfig]) -> list[LmdistillErr
     unread = []
     if config.temperature_schedule is not None and "temperature" not in known[config.loss].options:
         unread.append(("temperature_schedule", [name for name in known if "temperature" in known[name].options]))
-    if config.kd_weight_schedule is not None and config.loss == "ce":
-        unread.append(("kd_weight_schedule", [name for name in known if name != "ce"]))
+    if config.kd_weight_schedule is not None and config.loss in NO_MIX:
+        unread.append(("kd_weight_schedule", [name for name in known if name not in NO_MIX]))
     return [
         PreflightError(
             f"stage '{ctx.name}': the loss '{config.loss}' does not read `{key}`",
