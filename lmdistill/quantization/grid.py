@@ -1,0 +1,205 @@
+"""What a grid is: the points a row of weights can lie on, their codes and scales, and their bytes in a file.
+
+A grid cuts each row into blocks that share scales. It says four things of blocks: the codes and scales that its
+runtime's own quantiser would choose, the codes nearest to given scales, the points themselves, and the bytes. From
+these follow the straight-through fake quantisation, whose points are by construction those of the packed file.
+
+All arithmetic is in float32 and in the order of the reference, one rounding an operation, so that the bytes are the
+reference's; where that needs care, the comment says so. Weights of another dtype are converted to float32 first.
+
+Axes: W width of a row, N blocks, B weights in a block, G sub-blocks in a block, Y bytes in a block.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from lmdistill.errors import IntegrityError, PreflightError
+
+Scales = Mapping[str, torch.Tensor]
+_CPU_CHUNK, _GPU_CHUNK = 2**17, 2**26  # weights at a time: what a core's cache holds; what a GPU is kept busy by
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A tensor of weights `[…, W]` on a grid."""
+
+    codes: torch.Tensor  # integers [..., W], as the grid's class names them
+    scales: dict[str, torch.Tensor]  # by name, [..., W / B] or [..., W / B, G], in the dtypes of the file
+
+
+@dataclass(frozen=True)
+class Grid(ABC):
+    """One grid; subclasses say what happens to blocks `[N, B]`."""
+
+    name: ClassVar[str] = ""
+    code_dtype: ClassVar[torch.dtype] = torch.uint8
+    dynamic_activations: ClassVar[bool] = False  # whether its runtime rounds the activations of a linear layer too
+
+    @property
+    @abstractmethod
+    def block(self) -> int:
+        """B, which the width of every tensor must be a multiple of."""
+
+    @property
+    @abstractmethod
+    def block_bytes(self) -> int:
+        """Y."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """In a file, scales included."""
+        return 8 * self.block_bytes / self.block
+
+    @abstractmethod
+    def _search(self, blocks_NB: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Codes `[N, B]` as whole float32 numbers and the scales that the reference chooses for them."""
+
+    @abstractmethod
+    def _nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """Codes `[N, B]`, as whole float32 numbers, of the points nearest to the weights on the grid of `scales`."""
+
+    @abstractmethod
+    def _points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """The weights `[N, B]` that float32 codes stand for."""
+
+    @abstractmethod
+    def _to_bytes(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """The blocks `[N, Y]` of a file from integer codes and scales."""
+
+    @abstractmethod
+    def _from_bytes(self, bytes_NY: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Integer codes and scales from the blocks of a file."""
+
+    def stored(self, scales: Scales) -> dict[str, torch.Tensor]:
+        """Scales as the file can hold them: what was learned in float32 is rounded to its dtype."""
+        return {name: scale.to(self.scale_dtypes()[name]) for name, scale in scales.items()}
+
+    @abstractmethod
+    def scale_dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of each scale by its name."""
+
+    def check_width(self, width: int, tensor: str = "a tensor") -> None:
+        """Raise PreflightError where rows of `width` weights are not made of whole blocks."""
+        if width % self.block or width == 0:
+            raise PreflightError(
+                f"{tensor} with rows of {width} weights cannot be put on grid '{self.name}'",
+                why=f"its blocks have {self.block} weights, and {width} is no multiple of that",
+                fix="choose a grid with smaller blocks for it, or a model whose widths fit",
+            )
+
+    def quantise(self, weights: torch.Tensor, scales: Scales | None = None) -> Quantised:
+        """Codes and scales of `weights` `[…, W]`: the reference's, or the codes nearest on the grid of `scales`.
+
+        Weights that lie on the grid of `scales` get back exactly their codes. Raises PreflightError for a width that
+        does not fit.
+        """
+        parts = [
+            (codes_NB.to(self.code_dtype), found)
+            for _, codes_NB, found in self._encoded(weights.detach(), None if scales is None else self.stored(scales))
+        ]
+        codes_NB = torch.cat([codes for codes, _ in parts])
+        merged = {name: torch.cat([found[name] for _, found in parts]) for name in parts[0][1]}
+        return Quantised(codes_NB.view(weights.shape), self._by_row(merged, weights.shape))
+
+    def dequantise(self, quantised: Quantised) -> torch.Tensor:
+        """The float32 weights `[…, W]` that the file's runtime reads; differentiable in scales of a float dtype."""
+        codes_NB = quantised.codes.reshape(-1, self.block).float()
+        return self._points(codes_NB, self._by_block(quantised.scales)).view(quantised.codes.shape)
+
+    def fake_quantise(self, weights: torch.Tensor, scales: Scales | None = None) -> torch.Tensor:
+        """`dequantise(quantise(weights, scales))`, bit for bit, with the gradient passed straight to `weights`.
+
+        In the dtype of `weights`; only float32 holds every point of every grid.
+        """
+        result: torch.Tensor = _StraightThrough.apply(weights, self, scales)
+        return result
+
+    def pack(self, quantised: Quantised) -> torch.Tensor:
+        """The file's bytes, uint8 `[…, W / B · Y]`."""
+        codes_NB = quantised.codes.reshape(-1, self.block)
+        packed_NY = self._to_bytes(codes_NB, self._by_block(quantised.scales))
+        *rows, width = quantised.codes.shape
+        return packed_NY.reshape(*rows, width // self.block * self.block_bytes)
+
+    def unpack(self, packed: torch.Tensor) -> Quantised:
+        """Codes and scales from a file's bytes, the reverse of `pack`."""
+        *rows, width = packed.shape
+        if width % self.block_bytes or packed.dtype != torch.uint8:
+            raise IntegrityError(f"rows of {width} bytes are not made of whole '{self.name}' blocks")
+        codes_NB, scales = self._from_bytes(packed.reshape(-1, self.block_bytes))
+        shape = torch.Size((*rows, width // self.block_bytes * self.block))
+        return Quantised(codes_NB.to(self.code_dtype).view(shape), self._by_row(scales, shape))
+
+    def pack_exactly(self, weights: torch.Tensor, scales: Scales | None = None, tensor: str = "a tensor") -> Any:
+        """The bytes of weights that already lie on this grid; raises IntegrityError where one of them does not."""
+        quantised = self.quantise(weights, scales)
+        packed = self.pack(quantised)
+        off = int((self.dequantise(self.unpack(packed)) != weights.float()).sum())
+        if off:
+            raise IntegrityError(
+                f"{off} of the {weights.numel()} weights of {tensor} do not lie on grid '{self.name}'",
+                why="they were changed after they were put on it, or its scales are not those they were trained with",
+                fix="export the weights as they were trained, with their scales, or quantise them anew",
+            )
+        return packed
+
+    def _on_grid(self, weights: torch.Tensor, scales: Scales | None) -> torch.Tensor:
+        """The points that `weights` are put on, chunk by chunk into one new tensor."""
+        points = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
+        points_NB = points.view(-1, self.block)
+        stored = None if scales is None else self.stored(scales)
+        for rows, codes_NB, found in self._encoded(weights, stored):
+            points_NB[rows] = self._points(codes_NB, found)
+        return points
+
+    def _encoded(
+        self, weights: torch.Tensor, scales: Scales | None
+    ) -> Iterator[tuple[slice, torch.Tensor, dict[str, torch.Tensor]]]:
+        """Chunks of blocks: where they are, their codes as float32, and their scales."""
+        self.check_width(weights.shape[-1])
+        blocks_NB = weights.reshape(-1, self.block)
+        given = None if scales is None else self._by_block(scales)
+        chunk = max(1, (_CPU_CHUNK if weights.device.type == "cpu" else _GPU_CHUNK) // self.block)
+        for start in range(0, len(blocks_NB), chunk):
+            rows = slice(start, start + chunk)
+            chunk_NB = blocks_NB[rows].float()
+            if given is None:
+                codes_NB, found = self._search(chunk_NB)
+            else:
+                found = {name: scale[rows] for name, scale in given.items()}
+                codes_NB = self._nearest(chunk_NB, found)
+            yield rows, codes_NB.add_(0.0), found  # +0: the integer code 0 has no sign, and its point must not either
+
+    def _by_row(self, scales: Scales, shape: torch.Size) -> dict[str, torch.Tensor]:
+        """Scales `[N]` or `[N, G]` as `[…, W / B]` or `[…, W / B, G]`."""
+        lead = (*shape[:-1], shape[-1] // self.block)
+        return {name: scale.view(*lead, *scale.shape[1:]) for name, scale in scales.items()}
+
+    def _by_block(self, scales: Scales) -> dict[str, torch.Tensor]:
+        """The reverse of `_by_row`."""
+        per_block = self.sub_blocks()
+        return {name: scale.reshape(-1, *per_block.get(name, ())) for name, scale in scales.items()}
+
+    def sub_blocks(self) -> dict[str, tuple[int, ...]]:
+        """`(G,)` for each scale that is one of several in a block."""
+        return {}
+
+
+class _StraightThrough(torch.autograd.Function):  # type: ignore[misc]
+    """Weights to their points; the gradient as if nothing had been done."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: torch.Tensor, grid: Grid, scales: Scales | None) -> torch.Tensor:
+        """The points in a new tensor."""
+        return grid._on_grid(weights, scales)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient at the points, for the weights."""
+        return grad, None, None

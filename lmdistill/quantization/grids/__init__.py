@@ -1,0 +1,1 @@
+"""The grids: one decorated class a file."""

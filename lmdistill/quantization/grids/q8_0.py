@@ -1,0 +1,51 @@
+"""llama.cpp's Q8_0: 32 weights, a float16 scale, 255 points; 8.5 bits a weight.
+
+Axes: N blocks, B weights in a block, Y bytes in a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lmdistill.quantization.arithmetic import divide, inverse, round_half_away
+from lmdistill.quantization.grid import Grid, Scales
+from lmdistill.quantization.packing import raw, unraw
+from lmdistill.quantization.registry import grid
+
+
+@grid("q8_0")
+@dataclass(frozen=True)
+class Q8_0(Grid):
+    """Points code · d, codes from −127 to 127. Error at most d / 2 and what float16 makes of the largest weight."""
+
+    code_dtype = torch.int8
+    block = 32
+    block_bytes = 34
+
+    def scale_dtypes(self) -> dict[str, torch.dtype]:
+        """The step `d`."""
+        return {"d": torch.float16}
+
+    def _search(self, blocks_NB: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The largest magnitude becomes 127; halves are rounded away from zero."""
+        largest_N1 = torch.maximum(blocks_NB.amax(1, keepdim=True), -blocks_NB.amin(1, keepdim=True))
+        d_N1 = divide(largest_N1.abs(), 127.0)  # +0 for zeros
+        return round_half_away(blocks_NB * inverse(d_N1)), {"d": d_N1.squeeze(1).half()}
+
+    def _nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """A scale of zero leaves only the point 0."""
+        d_N1 = scales["d"].float().unsqueeze(1)
+        return torch.where(d_N1 == 0, 0.0, blocks_NB / d_N1).round_().clamp_(-127, 127)
+
+    def _points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """One product (exact: 8 bits times 11)."""
+        return codes_NB * scales["d"].float().unsqueeze(1)
+
+    def _to_bytes(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """Scale, then the codes."""
+        return torch.cat((raw(scales["d"]), raw(codes_NB)), dim=1)
+
+    def _from_bytes(self, bytes_NY: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return unraw(bytes_NY[:, 2:], torch.int8), {"d": unraw(bytes_NY[:, :2], torch.float16)}
