@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from teacher_cache.reading import forgetful, speed
 
 from lmdistill.signals import variant as variants
 from lmdistill.signals.format import (
@@ -36,8 +37,6 @@ from lmdistill.signals.format import (
 from lmdistill.signals.packing.segment import encode
 from lmdistill.signals.reader import SignalsReader
 from lmdistill.signals.variants.compact import Geometry
-
-READ_ROWS = 32
 
 
 def coded_rows(reader: SignalsReader, shard: ShardEntry) -> NDArray[Any]:
@@ -76,14 +75,6 @@ def same(ours: NDArray[Any] | None, theirs: NDArray[Any] | None) -> bool:
     return ours is theirs if ours is None or theirs is None else ours.tobytes() == theirs.tobytes()
 
 
-def speed(reader: SignalsReader, order: NDArray[Any]) -> float:
-    """Tokens a second of reading rows in the given order."""
-    started = time.process_time()
-    for start in range(0, len(order), READ_ROWS):
-        reader.read(order[start : start + READ_ROWS])
-    return len(order) * reader.row_tokens / (time.process_time() - started)
-
-
 def read_speeds(folder: Path, split: str, passes: int) -> dict[str, int]:
     """Medians of each way of reading; what is decoded is forgotten before each pass."""
     found: dict[str, list[float]] = {"in_order": [], "random_in_memory": [], "random_one_block": []}
@@ -92,9 +83,7 @@ def read_speeds(folder: Path, split: str, passes: int) -> dict[str, int]:
         order = np.random.default_rng(number).permutation(reader.rows)
         found["in_order"].append(speed(reader, np.arange(reader.rows)))
         found["random_in_memory"].append(speed(reader, order))
-        forgetful = SignalsReader(folder, split, verify=False)
-        forgetful._memory.blocks.most_bytes = 0
-        found["random_one_block"].append(speed(forgetful, order))
+        found["random_one_block"].append(speed(forgetful(folder, split), order))
     return {name: round(statistics.median(speeds)) for name, speeds in found.items()}
 
 

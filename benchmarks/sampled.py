@@ -20,7 +20,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 from machine import hardware
-from signals import ROW_TOKENS, TEACHER, build_corpus
+from teacher_cache.reading import random_passes
+from teacher_cache.text import ROW_TOKENS, TEACHER, build_corpus
 
 from lmdistill import assets
 from lmdistill.corpus.format import CorpusReader
@@ -47,7 +47,7 @@ from lmdistill.teachers.reduction import reduce_logits
 from lmdistill.teachers.registry import create_engine
 
 RESULT = Path(__file__).parent / "results" / "sampled.json"
-CHUNK, TOP_K, READ_ROWS, READ_PASSES = 256, 32, 32, 5
+CHUNK, TOP_K, READ_PASSES = 256, 32, 5
 
 
 @dataclass(frozen=True)
@@ -162,15 +162,8 @@ def measure_cache(engine: Any, teacher: ModelRef, corpus: CorpusReader, sampling
         manifest = Capture(
             Path(folder), corpus, ("train",), layout, info, lambda: engine, 10_000, 8, progress=SilentProgress()
         ).run()
-        speeds = []
-        for seed in range(READ_PASSES):
-            reader = SignalsReader(Path(folder), verify=False)  # a new one: nothing is decoded yet
-            reader.read([0])
-            order = np.random.default_rng(seed).permutation(reader.rows)
-            started = time.process_time()
-            for start in range(0, reader.rows, READ_ROWS):
-                reader.read(order[start : start + READ_ROWS])
-            speeds.append(reader.rows * ROW_TOKENS / (time.process_time() - started))
+        speeds = random_passes(Path(folder), "train", READ_PASSES)
+        reader = SignalsReader(Path(folder), verify=False)
         batch = reader.read(slice(None))
     figures = manifest.splits["train"].statistics
     return {

@@ -23,6 +23,7 @@ from lmdistill.errors import IntegrityError, StageError
 from lmdistill.pipeline.files import sha256_file
 from lmdistill.signals.format import Layout, ShardEntry, record_name, sha256_of
 from lmdistill.signals.hidden import F32, HiddenLayout
+from lmdistill.signals.mapped import MappedFiles
 from lmdistill.teachers.engine import TopK, TopKWithHidden
 
 BLOCK_BYTES = 65_536  # a flipped byte is located to about this many bytes
@@ -132,10 +133,11 @@ class HiddenReader:
         self._firsts = [shard.first_row for shard in shards]
         self._hidden = layout.hidden
         self._open: dict[int, NDArray[Any]] = {}
+        self._files = MappedFiles()
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers of a data loader open the files themselves."""
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_files": MappedFiles()}
 
     def read(self, rows: NDArray[np.int64], verify: bool) -> F32:
         """`[R, T, L, D]` in float32, in the asked order; raises IntegrityError for damaged files."""
@@ -143,6 +145,7 @@ class HiddenReader:
         for place, row in enumerate(rows.tolist()):
             index = bisect_right(self._firsts, row) - 1
             raw[place] = self._rows(index, verify)[row - self._shards[index].first_row]
+            self._files.note(self._path(index), raw.itemsize)
         return self._hidden.decode(raw)
 
     def _rows(self, index: int, verify: bool) -> NDArray[Any]:
@@ -156,5 +159,8 @@ class HiddenReader:
                     fix="run the teach stage again: this shard alone is recomputed",
                 )
             dtype = self._hidden.row_dtype(self._layout.row_tokens)
-            self._open[index] = np.memmap(self._folder / hidden_name(shard.file), dtype, mode="r")
+            self._open[index] = self._files.open(self._path(index)).view(dtype)
         return self._open[index]
+
+    def _path(self, index: int) -> Path:
+        return self._folder / hidden_name(self._shards[index].file)

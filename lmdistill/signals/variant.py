@@ -27,6 +27,7 @@ from lmdistill.signals.alignment import Misaligned
 from lmdistill.signals.batch import SignalsBatch
 from lmdistill.signals.block_cache import BlockCache
 from lmdistill.signals.format import Layout
+from lmdistill.signals.mapped import MappedFiles
 from lmdistill.teachers.engine import TopK
 
 
@@ -42,10 +43,11 @@ class Block:
 
 @dataclass
 class Memory:
-    """What a reader keeps decoded of all its shards: bounded, however large the cache is."""
+    """What a reader keeps of all its shards, decoded or mapped: bounded, however large the cache is."""
 
     blocks: BlockCache[NDArray[np.uint8]] = field(default_factory=lambda: BlockCache(2**25))
     tables: BlockCache[Any] = field(default_factory=lambda: BlockCache(2**27))
+    files: MappedFiles = field(default_factory=MappedFiles)
 
 
 class Packer(Protocol):

@@ -59,11 +59,13 @@ class CachedSignalsStage(Stage[CachedSignalsConfig]):
         return []
 
     def estimate(self, ctx: PreflightContext[CachedSignalsConfig]) -> Estimate:
-        """The shards' bytes, where they cannot be linked."""
+        """The bytes of shards and of hidden states beside them, where they cannot be linked."""
         from lmdistill.signals.exchange.as_corpus import open_cache
 
-        splits = open_cache(ctx.config.cache).manifest.splits.values()
-        return Estimate(disk_bytes=sum(shard.bytes for split in splits for shard in split.shards))
+        manifest = open_cache(ctx.config.cache).manifest
+        shards = [shard for split in manifest.splits.values() for shard in split.shards]
+        beside = manifest.layout.row_tokens * manifest.layout.beside  # bytes a row
+        return Estimate(disk_bytes=sum(shard.bytes + shard.rows * beside for shard in shards))
 
     def run(self, ctx: StageContext[CachedSignalsConfig]) -> dict[str, Any]:
         """Take the cache's files; every byte is checked."""

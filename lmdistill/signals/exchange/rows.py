@@ -33,7 +33,7 @@ from lmdistill.signals.integrity import shard_problems
 from lmdistill.signals.statistics import Statistics
 from lmdistill.signals.writer import ShardRecord
 
-CHUNK_BYTES = 2**24  # of coded rows at a time
+CHUNK_BYTES = 2**24  # of coded rows and their hidden states at a time
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Cache:
         variant = variants.get(self.layout.variant)
         dtype, hidden = variant.dtype(self.layout), self._hidden(shard)
         stored = variant.open(self.folder / shard.file, self.layout, shard.rows, variants.Memory())
-        step = max(1, CHUNK_BYTES // dtype.itemsize)
+        beside = 0 if hidden is None else hidden.itemsize
+        step = max(1, CHUNK_BYTES // (dtype.itemsize + beside))
         for first in range(0, shard.rows, step):
             rows = range(first, min(first + step, shard.rows))
             raw = np.empty((len(rows), dtype.itemsize), np.uint8)

@@ -35,7 +35,7 @@ class MmapVariant(Variant):
 
     def open(self, path: Path, layout: Layout, rows: int, memory: Memory) -> MappedRows:
         """Map the shard."""
-        return MappedRows(path, rows)
+        return MappedRows(path, rows, memory)
 
     def block_rows(self, layout: Layout) -> int:
         """Rows under one crc32."""
@@ -76,10 +76,12 @@ class MmapPacker:
 class MappedRows:
     """A shard's rows in memory that the system pages in and out."""
 
-    def __init__(self, path: Path, rows: int) -> None:
-        self._rows = np.memmap(path, np.uint8, mode="r").reshape(rows, -1).view(np.ndarray)
+    def __init__(self, path: Path, rows: int, memory: Memory) -> None:
+        self._path, self._files = path, memory.files
+        self._rows = self._files.open(path).reshape(rows, -1)
 
     def copy_rows(self, rows: Sequence[int], out: Sequence[NDArray[np.uint8]]) -> None:
         """Copy rows."""
         for row, place in zip(rows, out, strict=True):
             place[...] = self._rows[row]
+        self._files.note(self._path, len(rows) * self._rows.shape[1])
