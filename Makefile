@@ -36,7 +36,9 @@ test-vllm: $(VENV)/.installed $(VLLM_VENV)/.installed
 install: $(VENV)/.installed
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/signals.py --json
+	$(BIN)/python benchmarks/signals.py --json $(if $(wildcard $(VLLM_BIN)/python),--vllm-python $(VLLM_BIN)/python)
+	$(BIN)/python benchmarks/sampled.py --json
+	$(BIN)/python benchmarks/robustness.py --json
 	$(BIN)/python benchmarks/loss.py --json
 
 $(VENV)/.installed: pyproject.toml constraints.txt
