@@ -28,7 +28,7 @@ socket.socket.connect = socket.socket.connect_ex = refuse
 
 
 def test_the_promised_recipes_are_there() -> None:
-    assert {"smoke", "lfm_small", "lfm_350m"} <= set(RECIPES)
+    assert {"smoke", "lfm_small", "lfm_350m", "g2sd"} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -57,7 +57,8 @@ def test_plans_with_no_network_and_fetches_nothing(name: str, tmp_path: Path) ->
         assert re.search(rf"^ +\d+ +{step.name} .* run ", done.stdout, re.MULTILINE), done.stdout
     recipe = load_recipe(name)
     assert recipe.teacher is not None
-    sources = [recipe.teacher.source, *(asset.source for asset in recipe.entry("corpus").config.sources)]  # type: ignore[attr-defined]
+    corpora = [step.config for step in recipe.entries if step.stage.name == "corpus"]
+    sources = [recipe.teacher.source, *(asset.source for config in corpora for asset in config.sources)]  # type: ignore[attr-defined]
     assert [line.removeprefix("would fetch: ") for line in done.stdout.splitlines() if "would fetch" in line] == sources
     assert not trace.exists(), trace.read_text()
     assert not [file for file in cache.rglob("*") if file.is_file()]
