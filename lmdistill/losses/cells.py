@@ -11,6 +11,7 @@ Axes: N positions, K cached entries, C cells: K+1, or K where the rest is left o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,10 +22,14 @@ from lmdistill.losses.registry import LossOptions, LossTerms, StudentSoftmax, Ta
 
 @dataclass(frozen=True)
 class Cells:
-    """Two distributions on the same cells as log-probs `[N, C]`; absent entries have −inf in both."""
+    """Two distributions on the same cells as log-probs `[N, C]`; absent entries have −inf in both.
+
+    `apart_NC` is log p − log q, 0 at absent entries: it has digits where the two differ by less than a log-prob's last.
+    """
 
     log_p_NC: torch.Tensor
     log_q_NC: torch.Tensor
+    apart_NC: torch.Tensor
 
     @cached_property
     def p_NC(self) -> torch.Tensor:
@@ -37,15 +42,17 @@ class Cells:
         return self.log_q_NC.exp()
 
     @cached_property
-    def apart_NC(self) -> torch.Tensor:
-        """log p − log q; 0 at absent entries."""
-        return (self.log_p_NC - self.log_q_NC).masked_fill(self.log_p_NC == -torch.inf, 0.0)
-
-    @cached_property
     def excess_NC(self) -> torch.Tensor:
         """q − p from the logs' difference: two probabilities near one keep the digits in which they differ."""
-        shrink_NC = torch.expm1(-self.apart_NC.abs())
-        return shrink_NC * torch.where(self.apart_NC > 0, self.p_NC, -self.q_NC)
+        return _excess(self.apart_NC, self.p_NC, self.q_NC)
+
+    @cached_property
+    def forward_NC(self) -> torch.Tensor:
+        """KL(p‖q) by cell, p·log(p/q) + q − p: what is added sums to zero, and no cell is below it but for rounding.
+
+        The first terms alone are of both signs and cancel where the two are near each other.
+        """
+        return self.p_NC * self.apart_NC + self.excess_NC
 
     def log_mix(self, share: float) -> torch.Tensor:
         """log(m/q) of the mixture m = share·p + (1−share)·q, `[N, C]`; nothing overflows where q is tiny."""
@@ -60,32 +67,54 @@ def entropy(log_NC: torch.Tensor, rest_ids_N: torch.Tensor) -> torch.Tensor:
     return p_NC[:, -1] * rest_ids_N.log() - (p_NC * log_NC.masked_fill(log_NC == -torch.inf, 0.0)).sum(-1)
 
 
-def _log_softmax(logits_NC: torch.Tensor) -> torch.Tensor:
-    """log-softmax that keeps the digits of a log-prob near 0: the others are summed without the largest."""
+def _excess(apart_NC: torch.Tensor, p_NC: torch.Tensor, q_NC: torch.Tensor) -> torch.Tensor:
+    """q − p of two that are `apart_NC` = log p − log q."""
+    return torch.expm1(-apart_NC.abs()) * torch.where(apart_NC > 0, p_NC, -q_NC)
+
+
+def _shifted(logits_NC: torch.Tensor, rest: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits less their maximum `[N, C]`, and log Σ exp of those `[N, 1]`, near 0 with all its digits.
+
+    A rest of no mass, as where K is the vocabulary, gets the smallest there is.
+    """
     max_N1, at_N1 = logits_NC.max(-1, keepdim=True)
     shifted_NC = logits_NC - max_N1
-    others_N1 = shifted_NC.exp().scatter(1, at_N1, 0.0).sum(-1, keepdim=True)
-    return shifted_NC - others_N1.log1p()
+    if rest:
+        shifted_NC[:, -1].clamp_min_(math.log(torch.finfo(logits_NC.dtype).tiny))
+    return shifted_NC, shifted_NC.exp().scatter(1, at_N1, 0.0).sum(-1, keepdim=True).log1p()
 
 
-def _with_rest(logits_NK: torch.Tensor, rest_N: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probs of K+1 cells. A rest of no mass, as where K is the vocabulary, gets the smallest there is."""
-    log_NC = _log_softmax(torch.cat([logits_NK, rest_N[:, None]], 1) / temperature)
-    log_NC[:, -1].clamp_min_(torch.tensor(torch.finfo(log_NC.dtype).tiny).log().item())
-    return log_NC
+def _cells(logits_p_NC: torch.Tensor, logits_q_NC: torch.Tensor, rest: bool) -> Cells:
+    """Both distributions from their logits.
+
+    The logs' difference is not that of the two log-probs, which have lost the digits below their own last: with Z the
+    sums of the shifted exponentials it is that of the shifted logits less log(Z_p/Z_q) = ±log1p(|Z_p − Z_q|/min Z).
+    """
+    (shifted_p_NC, norm_p_N1), (shifted_q_NC, norm_q_N1) = (_shifted(one, rest) for one in (logits_p_NC, logits_q_NC))
+    apart_NC = (shifted_p_NC - shifted_q_NC).masked_fill(shifted_p_NC == -torch.inf, 0.0)
+    more_p_N1 = -_excess(apart_NC, shifted_p_NC.exp(), shifted_q_NC.exp()).sum(-1, keepdim=True)
+    lesser_N1 = torch.minimum(norm_p_N1, norm_q_N1).exp()
+    apart_NC = apart_NC - more_p_N1.sign() * (more_p_N1.abs() / lesser_N1).log1p()
+    apart_NC = apart_NC.masked_fill(shifted_p_NC == -torch.inf, 0.0)
+    return Cells(shifted_p_NC - norm_p_N1, shifted_q_NC - norm_q_N1, apart_NC)
 
 
 def with_rest(student: StudentSoftmax, targets: Targets, temperature: float = 1.0) -> Cells:
     """The K entries and the rest, each cell's log-mass divided by the temperature."""
-    return Cells(
-        _with_rest(targets.logp_NK, targets.tail_N, temperature),
-        _with_rest(student.logits_NK, student.lse_rest_N, temperature),
-    )
+    p_NC = torch.cat([targets.logp_NK, targets.tail_N[:, None]], 1)
+    q_NC = torch.cat([student.logits_NK, student.lse_rest_N[:, None]], 1)
+    return _cells(p_NC / temperature, q_NC / temperature, rest=True)
+
+
+def head_and_rest(student: StudentSoftmax, targets: Targets) -> Cells:
+    """Two cells: the mass inside S, and the rest."""
+    p_NC = torch.stack([targets.logp_NK.logsumexp(-1), targets.tail_N], 1)
+    return _cells(p_NC, torch.stack([student.logits_NK.logsumexp(-1), student.lse_rest_N], 1), rest=True)
 
 
 def renormalised(student: StudentSoftmax, targets: Targets, temperature: float) -> Cells:
     """The K entries alone, made to sum to one."""
-    return Cells(_log_softmax(targets.logp_NK / temperature), _log_softmax(student.logits_NK / temperature))
+    return _cells(targets.logp_NK / temperature, student.logits_NK / temperature, rest=False)
 
 
 def divergence(
@@ -106,7 +135,7 @@ def divergence(
 def tempered_kl(cells: Cells, options: LossOptions, student: StudentSoftmax, targets: Targets) -> LossTerms:
     """KL(p‖q) of cells whose logits were divided by the temperature, times its square where Hinton's scale is on."""
     grad_NC = options.kl_scale / options.temperature * cells.excess_NC
-    return in_logits(options.kl_scale * (cells.p_NC * cells.apart_NC).sum(-1), grad_NC, student, targets)
+    return in_logits(options.kl_scale * cells.forward_NC.sum(-1), grad_NC, student, targets)
 
 
 def in_logits(loss_N: torch.Tensor, grad_NC: torch.Tensor, student: StudentSoftmax, targets: Targets) -> LossTerms:

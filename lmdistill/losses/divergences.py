@@ -9,6 +9,8 @@ With p the teacher's and q the student's mass of a cell, and slopes q·∂D/∂q
     skew_reverse_kl  KL(q‖m),  m = (1−α)·p + α·q                        q·log(q/m) + α·(q − q²/m)
     total_variation  ½·Σ |p − q|                                        ½·q·sign(q − p)
 
+A KL has the difference of its two masses added to each cell, which sums to zero: where they are near each other, the
+digits stay.
 Each is at most the same divergence over the vocabulary. js is that of GKD (arXiv 2306.13649, section 2): divided by β
 it tends to the forward KL for β → 0, divided by 1−β to the reverse one for β → 1. The skew ones are DistiLLM's
 (arXiv 2402.03898, section 3.1).
@@ -26,13 +28,13 @@ from lmdistill.losses.registry import LossOptions, LossTerms, StudentSoftmax, Ta
 
 def forward(cells: Cells) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and slope of KL(p‖q) by cell."""
-    return cells.p_NC * cells.apart_NC, cells.excess_NC
+    return cells.forward_NC, cells.excess_NC
 
 
 def reverse(cells: Cells) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and slope of KL(q‖p) by cell."""
-    loss_NC = -cells.q_NC * cells.apart_NC
-    return loss_NC, loss_NC
+    slope_NC = -cells.q_NC * cells.apart_NC
+    return slope_NC - cells.excess_NC, slope_NC
 
 
 @loss("forward_kl", signals="top_k")
@@ -65,7 +67,8 @@ def skew_kl(student: StudentSoftmax, targets: Targets, options: LossOptions) -> 
     cells, alpha = with_rest(student, targets), options.skew_alpha
     log_mix_NC = cells.log_mix(alpha)
     slope_NC = (1.0 - alpha) ** 2 * cells.excess_NC * torch.exp(-log_mix_NC)
-    return divergence(cells, cells.p_NC * (cells.apart_NC - log_mix_NC), slope_NC, student, targets)
+    loss_NC = cells.p_NC * (cells.apart_NC - log_mix_NC) + (1.0 - alpha) * cells.excess_NC  # + m − p
+    return divergence(cells, loss_NC, slope_NC, student, targets)
 
 
 @loss("skew_reverse_kl", signals="top_k", options=("skew_alpha",))
@@ -73,8 +76,9 @@ def skew_reverse_kl(student: StudentSoftmax, targets: Targets, options: LossOpti
     """KL(student ‖ (1−α)·teacher + α·student) (DistiLLM, section 3.1)."""
     cells, alpha = with_rest(student, targets), options.skew_alpha
     log_mix_NC = cells.log_mix(1.0 - alpha)
-    loss_NC = -cells.q_NC * log_mix_NC
-    return divergence(cells, loss_NC, loss_NC - alpha * cells.q_NC * torch.expm1(-log_mix_NC), student, targets)
+    away_q_NC = -cells.q_NC * log_mix_NC  # q·log(q/m)
+    slope_NC = away_q_NC - alpha * cells.q_NC * torch.expm1(-log_mix_NC)
+    return divergence(cells, away_q_NC - (1.0 - alpha) * cells.excess_NC, slope_NC, student, targets)  # + m − q
 
 
 @loss("total_variation", signals="top_k")

@@ -33,8 +33,9 @@ def full_kl(student: StudentSoftmax, targets: Targets, options: LossOptions) -> 
     log_p_NV = _log_softmax_(targets.live.logits(), options.temperature)
     real, scale = slice(log_p_NV.shape[1]), options.kl_scale
     p_NV = log_p_NV.exp()
-    loss_N = scale * torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV[:, real]))
+    apart_N = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV[:, real]))
     grad_NV = log_q_NV.exp_()
     grad_NV[:, real] -= p_NV
+    loss_N = scale * (apart_N + grad_NV.sum(-1))  # q − p sums to zero but for rounding, and that cancels
     grad_NV.mul_(scale / options.temperature)
     return LossTerms(loss_N, torch.zeros_like(loss_N), targets.ids_NK[:, :0], grad_NV[:, :0], grad_NV)
