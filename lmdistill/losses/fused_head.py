@@ -132,7 +132,8 @@ class _FusedHead(torch.autograd.Function):  # type: ignore[misc]
         mix: Mix,
         chunk: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        count, want_hidden, want_head = len(hidden_ND), *ctx.needs_input_grad[:2]
+        count = len(hidden_ND)
+        want_hidden, want_head = ctx.needs_input_grad[:2]
         weight_VD = head_VD.detach().to(hidden_ND.dtype)
         grad_hidden_ND = torch.empty_like(hidden_ND) if want_hidden else None
         fresh = torch.empty_like if count else torch.zeros_like
