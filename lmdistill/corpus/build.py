@@ -23,7 +23,7 @@ from lmdistill.corpus.documents import (
     with_targets,
 )
 from lmdistill.corpus.encode import Encoder, encode
-from lmdistill.corpus.format import META_FILE, TOKENIZER_FOLDER, TRAIN, VALID, CorpusMeta, SplitMeta
+from lmdistill.corpus.format import META_FILE, TOKENIZER_FOLDER, TRAIN, VALID, CorpusMeta, SplitMeta, success_file
 from lmdistill.corpus.load import load, unreadable
 from lmdistill.corpus.pack import Rows, pack
 from lmdistill.errors import PreflightError
@@ -96,6 +96,7 @@ def _encoded(
             separator_id=separator,
             separator_first=config.separator == "bos",
             parallel=False,
+            success=source.success,
         )
         try:
             done.append(encode(data, source, encoder, folder, workers or os.cpu_count() or 1))
@@ -125,6 +126,8 @@ def _pack_splits(
         splits[name] = split
         for kind in ARRAYS:
             (work / f"{name}.{kind}.npy").replace(out / f"{name}.{kind}.npy")
+        if success_file(work, name).exists():
+            success_file(work, name).replace(success_file(out, name))
     return CorpusMeta(
         sequence_length=config.sequence_length,
         packing=config.packing,

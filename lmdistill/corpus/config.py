@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lmdistill.asset_spec import AssetSpec
-from lmdistill.pipeline.stage import StageConfig
+from lmdistill.pipeline.stage import AddedKey, StageConfig
 
 Format = Literal["auto", "text", "jsonl", "parquet", "hub"]
 Packing = Literal["concat", "isolate", "single"]
@@ -27,6 +27,9 @@ class Source(AssetSpec):
     split: str = Field(default="train", description="the hub data set's split to read")
     group: str | None = Field(
         default=None, description="field whose equal values stay on one side of the train/valid split"
+    )
+    success: Annotated[str | None, AddedKey()] = Field(
+        default=None, description="field with how often models succeed at the item, 0 to 1; a curriculum can go by it"
     )
     limit: Annotated[int, Field(ge=1)] | None = Field(default=None, description="read only the first so many records")
 

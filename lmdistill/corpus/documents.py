@@ -29,6 +29,7 @@ class Documents:
     starts_D: NDArray[np.int64]  # D + 1 entries
     text_keys_D: NDArray[np.void]
     group_keys_D: NDArray[np.void]
+    success_D: NDArray[np.float32]  # how often models succeed at it; NaN where its source does not say
 
     def __len__(self) -> int:
         """Number of documents D."""
@@ -44,6 +45,7 @@ def gather(encoded: Sequence[Any], work: Path) -> Documents:
     """Lay the encoded data sets out flat below `work`, memory-mapped: random order costs no second pass."""
     lengths: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
     text_keys, group_keys = [], []
+    success: list[NDArray[np.float32]] = [np.zeros(0, np.float32)]
     ids_file, targets_file = work / "ids.u32", work / "targets.u8"
     with ids_file.open("wb") as ids_sink, targets_file.open("wb") as targets_sink:
         for data in encoded:
@@ -55,6 +57,7 @@ def gather(encoded: Sequence[Any], work: Path) -> Documents:
                 flat.astype(np.uint8).tofile(targets_sink)
                 text_keys.append(_keys(chunk.column("text_key")))
                 group_keys.append(_keys(chunk.column("group_key")))
+                success.append(chunk.column("success").to_numpy(zero_copy_only=False))
     starts_D = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
     empty = np.zeros(0, np.dtype(f"V{KEY_BYTES}"))
     return Documents(
@@ -63,6 +66,7 @@ def gather(encoded: Sequence[Any], work: Path) -> Documents:
         starts_D=starts_D.astype(np.int64),
         text_keys_D=np.concatenate([empty, *text_keys]),
         group_keys_D=np.concatenate([empty, *group_keys]),
+        success_D=np.concatenate(success),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +29,18 @@ def key_of(value: Any) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:KEY_BYTES]
 
 
+def _share(value: Any) -> float | None:
+    """A number from 0 to 1 as it is; None for anything else."""
+    return float(value) if isinstance(value, int | float) and 0 <= value <= 1 else None
+
+
 @dataclass
 class Encoder:
     """Encodes batches of one source's records; made anew in every worker process.
 
     Columns: `ids` list of u32, `targets` list of bool (may the token be a target), `text_key`, `group_key`,
-    `problem` (empty, or why the record cannot be used). A record without text has no ids.
+    `success` (f32, NaN where none is told), `problem` (empty, or why the record cannot be used).
+    A record without text has no ids.
     """
 
     tokenizer_folder: str
@@ -44,6 +51,7 @@ class Encoder:
     separator_id: int | None
     separator_first: bool
     parallel: bool
+    success: str | None = None
     _tokenizer: Any = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,7 +64,19 @@ class Encoder:
         encoded = self._conversations(values) if self.is_chat else self._texts(values)
         keys = [key_of(value) if value is not None else b"\0" * KEY_BYTES for value in values]
         groups = keys if self.group is None else [key_of(["group", value]) for value in batch[self.group]]
+        self._graded(encoded, batch)
         return {**encoded, "text_key": keys, "group_key": groups}
+
+    def _graded(self, encoded: dict[str, list[Any]], batch: dict[str, list[Any]]) -> None:
+        """Add the column `success`, and to `problem` what is no success rate."""
+        encoded["success"] = [math.nan] * len(encoded["problem"])
+        if self.success is None:
+            return
+        fault = f"has no success rate from 0 to 1 in '{self.success}' beside it"
+        for place, value in enumerate(batch[self.success]):
+            share = _share(value)
+            encoded["success"][place] = share
+            encoded["problem"][place] = encoded["problem"][place] or (fault if share is None else "")
 
     def _backend(self, special: bool) -> Any:
         if self._tokenizer is None:
@@ -126,7 +146,7 @@ def encode(data: Any, source: Source, encoder: Encoder, work: Path, workers: int
         batch_size=BATCH,
         num_proc=processes if processes > 1 else None,
         remove_columns=data.column_names,
-        features=Features({**features, "problem": Value("string")}),
+        features=Features({**features, "success": Value("float32"), "problem": Value("string")}),
         cache_file_name=str(work / "encoded.arrow"),
         new_fingerprint=key_of([source.model_dump(), len(data)]).hex(),
     )

@@ -51,6 +51,11 @@ def digest_of_blocks(shape: tuple[int, ...], blocks: Iterable[tuple[NDArray[Any]
     return sha.hexdigest()
 
 
+def success_file(folder: Path, split: str = TRAIN) -> Path:
+    """Where success rates of a split's rows are, f32 [R], in a corpus whose sources name a field with them."""
+    return folder / f"{split}.success.npy"
+
+
 def document_positions(starts_RT: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Positions that begin at 0 in every document, from marks of first tokens [R, T]."""
     at_RT = np.broadcast_to(np.arange(starts_RT.shape[1]), starts_RT.shape)

@@ -54,7 +54,8 @@ def first_fields(source: Source, path: Path) -> list[str] | None:
 
 def check_fields(source: Source, fields: list[str]) -> None:
     """Raise PreflightError naming the nearest field unless all fields that the recipe names are there."""
-    for role, wanted in (("messages" if source.messages else "text", source.field), ("group", source.group)):
+    text = "messages" if source.messages else "text"
+    for role, wanted in ((text, source.field), ("group", source.group), ("success", source.success)):
         if wanted is not None and wanted not in fields:
             raise PreflightError(
                 f"{source.source} has no field '{wanted}'{nearest(wanted, fields)}",
@@ -84,7 +85,7 @@ def load(source: Source, path: Path, work: Path) -> Any:
     except (DatasetGenerationError, ValueError, OSError, TypeError) as error:
         raise unreadable(source, path, error) from error
     check_fields(source, list(data.column_names))
-    data = data.select_columns([name for name in dict.fromkeys((source.field, source.group)) if name])
+    data = data.select_columns([name for name in dict.fromkeys((source.field, source.group, source.success)) if name])
     return data if source.limit is None else data.select(range(min(source.limit, len(data))))
 
 

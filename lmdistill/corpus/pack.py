@@ -68,7 +68,7 @@ def pieces(documents: Documents, order: Indices, rows: Rows) -> Iterator[Piece]:
 
 
 def pack(documents: Documents, order: Indices, rows: Rows, bytes_V: NDArray[np.uint32], stem: Path) -> SplitMeta | None:
-    """Write `<stem>.tokens.npy`, `.flags.npy` and `.bytes.npy`; None where not one row has a target.
+    """Write `<stem>.tokens.npy`, `.flags.npy`, `.bytes.npy`, perhaps `.success.npy`; None where no row has a target.
 
     Rows without a target (a tail of one token, a conversation's part without the assistant) are left out.
     """
@@ -85,6 +85,8 @@ def pack(documents: Documents, order: Indices, rows: Rows, bytes_V: NDArray[np.u
     flags_RT[:, -1] &= np.uint8(0xFF ^ LOSS)  # the target of a row's last prediction is in no row
     kept = np.flatnonzero((flags_RT & LOSS).any(axis=1))
     meta = _write(tokens_RT, flags_RT, kept, bytes_V, stem, opened) if len(kept) else None
+    if meta is not None and np.isfinite(documents.success_D[order]).any():
+        np.save(f"{stem}.success.npy", _success(documents, order, rows, count)[kept], allow_pickle=False)
     for kind in ("tokens", "flags"):
         Path(f"{stem}.all-{kind}.npy").unlink()
     return meta
@@ -108,6 +110,18 @@ def _fill(documents: Documents, order: Indices, rows: Rows, tokens: NDArray[Any]
         flags[stop - 1] = 0
         if piece.opens:
             flags[piece.place] |= DOC_START
+
+
+def _success(documents: Documents, order: Indices, rows: Rows, count: int) -> NDArray[np.float32]:
+    """The success rate of each of `count` rows: the mean over its tokens that may be targets, f32."""
+    sums_R, tokens_R = np.zeros(count), np.zeros(count)
+    for piece in pieces(documents, order, rows):
+        document = int(np.searchsorted(documents.starts_D, piece.start, side="right")) - 1
+        targets = np.flatnonzero(documents.targets_N[piece.start : piece.stop])
+        at = (piece.place + targets) // rows.length
+        np.add.at(sums_R, at, documents.success_D[document])
+        np.add.at(tokens_R, at, 1)
+    return (sums_R / np.maximum(1, tokens_R)).astype(np.float32)
 
 
 def _write(

@@ -45,7 +45,8 @@ def _as_before(info: FieldInfo, value: Any) -> bool:
 def semantic(value: Any, identity: Identity) -> Any:
     """`value` as plain JSON without runtime keys; assets and paths are replaced by the identity of their content."""
     if isinstance(value, AssetSpec):
-        own = {k: semantic(v, identity) for k, v in value if k not in AssetSpec.model_fields}
+        fields = {k: info for k, info in type(value).model_fields.items() if k not in AssetSpec.model_fields}
+        own = {k: semantic(v, identity) for k, v in value if k in fields and not _as_before(fields[k], v)}
         return {"asset": identity(value), **own}
     if isinstance(value, BaseModel):
         fields = type(value).model_fields

@@ -29,10 +29,12 @@ class DistillStage(Stage[DistillConfig]):
     tools = ("torch", "transformers", "accelerate")
 
     def inputs_for(self, config: DistillConfig) -> tuple[Input, ...]:
-        """A live teacher needs no cache: a corpus will do."""
-        if config.needs_cache:
-            return self.inputs
-        return (Input("signals", ("signals", "corpus")), *self.inputs[1:])
+        """A live teacher needs no cache: a corpus will do. Some curricula read more caches, or the corpus."""
+        rows = self.inputs[0] if config.needs_cache else Input("signals", ("signals", "corpus"))
+        judged, graded = (config.curriculum.judged, config.curriculum.graded) if config.curriculum else (False, False)
+        judges = (Input("judges", ("signals",), many=True),) if judged else ()
+        corpus = (Input("corpus", ("corpus",)),) if graded else ()
+        return (rows, *self.inputs[1:], *judges, *corpus)
 
     def uses_teacher(self, config: DistillConfig) -> bool:
         """Where it runs beside the student; else only the cache speaks for it."""
@@ -40,6 +42,8 @@ class DistillStage(Stage[DistillConfig]):
 
     def choices(self) -> dict[str, dict[str, str]]:
         """The losses, with the keys that each of them reads, and what else goes by name."""
+        from lmdistill.curriculum.difficulty import measures
+        from lmdistill.curriculum.pacing import pacings
         from lmdistill.intermediate import registry as intermediate
         from lmdistill.losses import registry as losses
         from lmdistill.training.schedules import shapes
@@ -51,6 +55,8 @@ class DistillStage(Stage[DistillConfig]):
             "loss": {name: described(entry) for name, entry in losses.catalogue().items()},
             "intermediate[].loss": {name: described(entry) for name, entry in intermediate.catalogue().items()},
             "shape of a schedule": shapes(),
+            "curriculum.difficulty": {name: measure.summary for name, measure in measures().items()},
+            "curriculum.pacing": pacings(),
         }
 
     def preflight(self, ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
@@ -120,6 +126,8 @@ class DistillStage(Stage[DistillConfig]):
             student.digest,
             ctx.need_teacher() if ctx.config.runs_teacher else None,
             ctx.teacher,
+            tuple(judge.out for judge in ctx.inputs.get("judges", ())),
+            next((corpus.out for corpus in ctx.inputs.get("corpus", ())), None),
         )
         record = train(reader, ctx.config, place, ctx.progress)
         (ctx.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")

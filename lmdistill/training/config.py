@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from lmdistill.curriculum.config import CurriculumConfig
 from lmdistill.intermediate.keys import IntermediateKeys
 from lmdistill.losses.registry import LossOptions
 from lmdistill.pipeline.stage import AddedKey, RuntimeKey, StageConfig
@@ -71,6 +72,9 @@ class DistillConfig(StageConfig):
         default="bfloat16", description="of matrix products; weights, optimiser and loss are float32"
     )
     seed: int = Field(default=0, description="of the data order")
+    curriculum: Annotated[CurriculumConfig | None, AddedKey()] = Field(
+        default=None, description="easy rows first; null: rows in a seeded order"
+    )
     log_steps: Annotated[int, Field(ge=1)] = Field(
         default=5, description="steps from one point of the curve to the next"
     )

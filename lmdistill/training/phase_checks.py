@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lmdistill.curriculum.difficulty import find_measure
+from lmdistill.curriculum.pacing import open_share
 from lmdistill.errors import LmdistillError, PreflightError
 from lmdistill.losses import registry
 from lmdistill.pipeline.stage import PreflightContext
@@ -12,8 +14,8 @@ NO_MIX = ("ce", "none")  # losses without a weight λ
 
 
 def check_phases(ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
-    """Shapes that are not there, and schedules of what the chosen loss does not read."""
-    return _shapes(ctx) + _unread_schedules(ctx)
+    """Names that are not there, schedules of what the chosen loss does not read, curricula without what they need."""
+    return _shapes(ctx) + _unread_schedules(ctx) + _curriculum(ctx)
 
 
 def _shapes(ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
@@ -41,4 +43,43 @@ def _unread_schedules(ctx: PreflightContext[DistillConfig]) -> list[LmdistillErr
             fix=f"drop `{key}`, or choose a loss that reads it: {', '.join(names)}",
         )
         for key, names in unread
+    ]
+
+
+def _curriculum(ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
+    curriculum = ctx.config.curriculum
+    if curriculum is None:
+        return []
+    problems: list[LmdistillError] = []
+    for find in (lambda: find_measure(curriculum.difficulty), lambda: open_share(curriculum, 0.0)):
+        try:
+            find()
+        except LmdistillError as error:
+            problems.append(PreflightError(f"stage '{ctx.name}': {error.what}", fix=error.fix))
+    rows = ctx.inputs.get("signals", ())
+    if not curriculum.graded and any(planned.kind == "corpus" for planned in rows):
+        problems.append(
+            PreflightError(
+                f"stage '{ctx.name}': the difficulty '{curriculum.difficulty}' reads a teacher cache, and it has none",
+                why=f"its rows are those of the corpus '{rows[0].name}', on which no teacher has spoken yet",
+                fix="put a `teach` stage before it, or drop `curriculum`",
+            )
+        )
+    return problems + _ungraded(ctx)
+
+
+def _ungraded(ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
+    """The corpus will have the success rates that a curriculum reads."""
+    if ctx.config.curriculum is None or not ctx.config.curriculum.graded:
+        return []
+    planned = ctx.inputs.get("corpus", ())
+    sources = [source for corpus in planned for source in getattr(corpus.config, "sources", ())]
+    if all(source.success is not None for source in sources) and sources:
+        return []
+    return [
+        PreflightError(
+            f"stage '{ctx.name}': the difficulty 'success_rate' needs success rates, and the corpus will have none",
+            why="not every source names a field with them",
+            fix="set `success:` in every source of the corpus, or choose another `difficulty`",
+        )
     ]

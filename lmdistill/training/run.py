@@ -29,6 +29,8 @@ class Place:
     student_digest: str
     live_teacher: ModelRef | None = None  # for losses that run the teacher beside the student
     teacher: ModelRef | None = None  # the recipe's, where it has one
+    judges: tuple[Path, ...] = ()  # caches of other teachers, for a curriculum that asks them
+    corpus: Path | None = None  # for a curriculum by the success rates that came with it
 
 
 def steps_of(config: DistillConfig, row_tokens: int) -> int:
@@ -47,6 +49,7 @@ def train(reader: Reader, config: DistillConfig, place: Place, progress: Progres
     from lmdistill.checkpoints import load_model, save_model
     from lmdistill.intermediate.attach import detach, recorded
     from lmdistill.training import optimizer
+    from lmdistill.training.ordering import curriculum_record
     from lmdistill.training.pairing import check_pair
     from lmdistill.training.trainer import last_checkpoint
 
@@ -66,7 +69,8 @@ def train(reader: Reader, config: DistillConfig, place: Place, progress: Progres
         round_matrices(model)
     save_model(model.float(), place.output, tokenizer_from=place.student)
     parts = ["kd", "ce", *(one["name"] for one in compared)]
-    return _record(reader, config, trainer.state, frozen, model, parts) | recorded(compared, place.student)
+    record = _record(reader, config, trainer.state, frozen, model, parts) | recorded(compared, place.student)
+    return record | curriculum_record(config.curriculum, trainer.train_dataset.order, place.work)
 
 
 def compile_blocks(model: Any) -> None:
@@ -114,9 +118,12 @@ def refuse_other_tokens(reader: Reader, student: Path) -> None:
 
 def refuse_foreign_checkpoints(reader: Reader, config: DistillConfig, place: Place) -> None:
     """Bind the work folder to this data, student and settings, or refuse it if it is bound to others."""
+    from lmdistill.training.ordering import beside
+
     identity = {"signals": reader.digest, "student": place.student_digest, "settings": _semantic(config)}
     if place.live_teacher is not None:
         identity["teacher"] = place.live_teacher.digest
+    identity |= beside(place)
     bound = place.work / "belongs_to.json"
     if bound.exists():
         other = json.loads(bound.read_text())
@@ -141,7 +148,8 @@ def _semantic(config: DistillConfig) -> Any:
 
 def _trainer(model: Any, reader: Reader, config: DistillConfig, place: Place, progress: Progress) -> Any:
     from lmdistill.intermediate.attach import Sources, attach
-    from lmdistill.training.data import RowDataset, SignalsCollator, row_order
+    from lmdistill.training.data import RowDataset, SignalsCollator
+    from lmdistill.training.ordering import data_order
     from lmdistill.training.phases import Phases
     from lmdistill.training.student_forward import attach_loss
     from lmdistill.training.trainer import CheckpointSeal, DistillationTrainer, ProgressReport
@@ -150,7 +158,7 @@ def _trainer(model: Any, reader: Reader, config: DistillConfig, place: Place, pr
     steps = steps_of(config, reader.row_tokens)
     phases = Phases(config, steps)
     attach_loss(model, phases.now, config.chunk, teacher if config.live else None)
-    order = row_order(reader.rows, steps * config.batch_rows, config.seed)
+    order = data_order(reader, config, place, model, steps)
     collator = SignalsCollator(reader, reader.manifest.packing == "isolate")
     if config.intermediate:
         sources = Sources(reader, place.student, teacher, place.teacher)

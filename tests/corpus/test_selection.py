@@ -30,6 +30,7 @@ def documents_of(pairs: list[tuple[str, str]]) -> Documents:
         starts_D=np.arange(len(pairs) + 1, dtype=np.int64),
         text_keys_D=np.frombuffer(b"".join(key_of(text) for text, _ in pairs), keys),
         group_keys_D=np.frombuffer(b"".join(key_of(["group", group]) for _, group in pairs), keys),
+        success_D=np.full(len(pairs), np.nan, np.float32),
     )
 
 

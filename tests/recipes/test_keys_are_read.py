@@ -30,6 +30,7 @@ NAMES = {
     "RuntimeSection": {"runtime"},
     "VllmOptions": {"vllm"},
     "EndpointOptions": {"options"},
+    "CurriculumConfig": {"config", "curriculum"},
     "WeightChange": {"change"},
     "TemperatureChange": {"change"},
 }

@@ -41,15 +41,17 @@ def save_toy(folder: Path, seed: int, spread: float) -> Path:
     return folder
 
 
-def train_toy(folder: Path, signals: Any, student: Any, teacher: Any = None, **keys: Any) -> dict[str, Any]:
-    """The distill stage on toy artefacts, in `folder`, on one thread; returns training.json."""
+def train_toy(
+    folder: Path, signals: Any, student: Any, teacher: Any = None, beside: Any = None, **keys: Any
+) -> dict[str, Any]:
+    """The distill stage on toy artefacts, in `folder`, on one thread; `beside`: more inputs. Returns training.json."""
     from lmdistill.pipeline.stage import Runtime, StageContext
     from lmdistill.stages.distill import DistillConfig, DistillStage
 
     for name in ("out", "work"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     config = DistillConfig.model_validate({**QUICK, **keys})
-    inputs = {"signals": [signals], "student": [student]}
+    inputs = {"signals": [signals], "student": [student], **(beside or {})}
     ctx = StageContext("distill", config, inputs, teacher, folder / "out", folder / "work", runtime=Runtime("cpu", 1))
     DistillStage().verify(ctx, DistillStage().run(ctx))
     record: dict[str, Any] = json.loads((folder / "out" / "training.json").read_text())
