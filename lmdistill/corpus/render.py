@@ -68,6 +68,14 @@ def render(tokenizer: Any, messages: list[Message], with_spans: bool = True) -> 
     return Rendered(text, tuple(spans))
 
 
+def prompt_text(tokenizer: Any, messages: list[Message]) -> str:
+    """The conversation up to where the assistant speaks next; a last turn of the assistant's own is dropped."""
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not asked:
+        raise UnrenderableError("has nothing but an assistant's turn")
+    return _text(tokenizer, asked, add_generation_prompt=True)
+
+
 def _end_of_turn(turn: str, specials: tuple[str, ...]) -> int:
     """Where the assistant's part ends: generation stops at the closing token, white space after it is never written."""
     bare = turn.rstrip()

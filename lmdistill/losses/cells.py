@@ -54,6 +54,17 @@ class Cells:
         """
         return self.p_NC * self.apart_NC + self.excess_NC
 
+    def gradient(self, slope_NC: torch.Tensor) -> torch.Tensor:
+        """A divergence's gradient in the cells' logits from its slope: q times the derivative in q, up to a multiple.
+
+        The multiple of q is chosen that leaves the student's largest cell without a slope: where q is near one there,
+        its gradient is then a sum of small numbers and not a difference of large ones.
+        """
+        peak_N1 = self.log_q_NC.argmax(-1, keepdim=True)
+        slope_NC = slope_NC - self.q_NC * (slope_NC.gather(1, peak_N1) / self.q_NC.gather(1, peak_N1))
+        slope_NC = slope_NC.scatter(1, peak_N1, 0.0)
+        return slope_NC - self.q_NC * slope_NC.sum(-1, keepdim=True)
+
     def log_mix(self, share: float) -> torch.Tensor:
         """log(m/q) of the mixture m = share·p + (1−share)·q, `[N, C]`; nothing overflows where q is tiny."""
         shrink_NC = torch.expm1(-self.apart_NC.abs())
@@ -120,16 +131,8 @@ def renormalised(student: StudentSoftmax, targets: Targets, temperature: float) 
 def divergence(
     cells: Cells, loss_NC: torch.Tensor, slope_NC: torch.Tensor, student: StudentSoftmax, targets: Targets
 ) -> LossTerms:
-    """The sum of `loss_NC`, with its gradient from `slope_NC`: q times the derivative in q, up to a multiple of q.
-
-    The multiple is chosen that leaves the student's largest cell without a slope: where q is near one there, its
-    gradient is then a sum of small numbers and not a difference of large ones.
-    """
-    peak_N1 = cells.log_q_NC.argmax(-1, keepdim=True)
-    slope_NC = slope_NC - cells.q_NC * (slope_NC.gather(1, peak_N1) / cells.q_NC.gather(1, peak_N1))
-    slope_NC = slope_NC.scatter(1, peak_N1, 0.0)
-    grad_NC = slope_NC - cells.q_NC * slope_NC.sum(-1, keepdim=True)
-    return in_logits(loss_NC.sum(-1), grad_NC, student, targets)
+    """The sum of `loss_NC`, with its gradient from `slope_NC`."""
+    return in_logits(loss_NC.sum(-1), cells.gradient(slope_NC), student, targets)
 
 
 def tempered_kl(cells: Cells, options: LossOptions, student: StudentSoftmax, targets: Targets) -> LossTerms:

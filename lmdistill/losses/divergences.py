@@ -37,6 +37,28 @@ def reverse(cells: Cells) -> tuple[torch.Tensor, torch.Tensor]:
     return slope_NC - cells.excess_NC, slope_NC
 
 
+def mixed(cells: Cells, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and slope of β·KL(p‖m) + (1−β)·KL(q‖m) by cell."""
+    log_mix_NC = cells.log_mix(beta)
+    away_q_NC = (beta - 1.0) * cells.q_NC * log_mix_NC  # (1−β)·q·log(q/m)
+    return beta * cells.p_NC * (cells.apart_NC - log_mix_NC) + away_q_NC, away_q_NC
+
+
+def skewed(cells: Cells, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and slope of KL(p‖α·p + (1−α)·q) by cell."""
+    log_mix_NC = cells.log_mix(alpha)
+    slope_NC = (1.0 - alpha) ** 2 * cells.excess_NC * torch.exp(-log_mix_NC)
+    return cells.p_NC * (cells.apart_NC - log_mix_NC) + (1.0 - alpha) * cells.excess_NC, slope_NC  # + m − p
+
+
+def skewed_reverse(cells: Cells, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and slope of KL(q‖(1−α)·p + α·q) by cell."""
+    log_mix_NC = cells.log_mix(1.0 - alpha)
+    away_q_NC = -cells.q_NC * log_mix_NC  # q·log(q/m)
+    slope_NC = away_q_NC - alpha * cells.q_NC * torch.expm1(-log_mix_NC)
+    return away_q_NC - (1.0 - alpha) * cells.excess_NC, slope_NC  # + m − q
+
+
 @loss("forward_kl", signals="top_k")
 def forward_kl(student: StudentSoftmax, targets: Targets, options: LossOptions) -> LossTerms:
     """KL(teacher ‖ student): the student must cover what the teacher may say."""
@@ -54,31 +76,22 @@ def reverse_kl(student: StudentSoftmax, targets: Targets, options: LossOptions) 
 @loss("js", signals="top_k", options=("js_beta",))
 def js(student: StudentSoftmax, targets: Targets, options: LossOptions) -> LossTerms:
     """Generalised Jensen-Shannon divergence with weight β on the teacher (GKD, section 2)."""
-    cells, beta = with_rest(student, targets), options.js_beta
-    log_mix_NC = cells.log_mix(beta)
-    away_q_NC = (beta - 1.0) * cells.q_NC * log_mix_NC  # (1−β)·q·log(q/m)
-    loss_NC = beta * cells.p_NC * (cells.apart_NC - log_mix_NC) + away_q_NC
-    return divergence(cells, loss_NC, away_q_NC, student, targets)
+    cells = with_rest(student, targets)
+    return divergence(cells, *mixed(cells, options.js_beta), student, targets)
 
 
 @loss("skew_kl", signals="top_k", options=("skew_alpha",))
 def skew_kl(student: StudentSoftmax, targets: Targets, options: LossOptions) -> LossTerms:
     """KL(teacher ‖ α·teacher + (1−α)·student) (DistiLLM, section 3.1)."""
-    cells, alpha = with_rest(student, targets), options.skew_alpha
-    log_mix_NC = cells.log_mix(alpha)
-    slope_NC = (1.0 - alpha) ** 2 * cells.excess_NC * torch.exp(-log_mix_NC)
-    loss_NC = cells.p_NC * (cells.apart_NC - log_mix_NC) + (1.0 - alpha) * cells.excess_NC  # + m − p
-    return divergence(cells, loss_NC, slope_NC, student, targets)
+    cells = with_rest(student, targets)
+    return divergence(cells, *skewed(cells, options.skew_alpha), student, targets)
 
 
 @loss("skew_reverse_kl", signals="top_k", options=("skew_alpha",))
 def skew_reverse_kl(student: StudentSoftmax, targets: Targets, options: LossOptions) -> LossTerms:
     """KL(student ‖ (1−α)·teacher + α·student) (DistiLLM, section 3.1)."""
-    cells, alpha = with_rest(student, targets), options.skew_alpha
-    log_mix_NC = cells.log_mix(1.0 - alpha)
-    away_q_NC = -cells.q_NC * log_mix_NC  # q·log(q/m)
-    slope_NC = away_q_NC - alpha * cells.q_NC * torch.expm1(-log_mix_NC)
-    return divergence(cells, away_q_NC - (1.0 - alpha) * cells.excess_NC, slope_NC, student, targets)  # + m − q
+    cells = with_rest(student, targets)
+    return divergence(cells, *skewed_reverse(cells, options.skew_alpha), student, targets)
 
 
 @loss("total_variation", signals="top_k")

@@ -17,7 +17,7 @@ class DistillConfig(StageConfig):
     """Keys of `distill`."""
 
     loss: str = Field(
-        default="decoupled_topk", description="by name, see below; ce is the baseline, full_kl runs the teacher"
+        default="decoupled_topk", description="by name, see below; ce is the baseline, full_… run the teacher"
     )
     kd_weight: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.9, description="λ: weight of the distillation loss; cross-entropy has the rest"
@@ -103,7 +103,7 @@ class DistillConfig(StageConfig):
     @property
     def live(self) -> bool:
         """Whether the loss at the head needs the teacher itself."""
-        return self.loss == "full_kl"
+        return self.loss.startswith("full_")
 
     @property
     def runs_teacher(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lmdistill.errors import LmdistillError
+from lmdistill.errors import IntegrityError, LmdistillError
 from lmdistill.losses.registry import LiveTeacher
 from lmdistill.pipeline.stage import ModelRef
 from lmdistill.teachers.engine import EngineOptions
@@ -59,6 +59,16 @@ def open_live(teacher: ModelRef, student: Path, precision: str, device: str, iso
     engine = LiveEngine()
     engine.open(teacher, EngineOptions(1, real_vocabulary(tokens), precision, device, isolate=isolate))
     return engine
+
+
+def check_head(student: Any, teacher: LiveEngine, folder: Path) -> None:
+    """Raise IntegrityError where the student in `folder` lacks logits for some of its teacher's tokens."""
+    rows, tokens = student.get_output_embeddings().weight.shape[0], teacher.vocab_size
+    if rows < tokens:
+        raise IntegrityError(
+            f"the student {folder} has logits for {rows} ids, its teacher's tokenizer {tokens}",
+            fix="make a student with the teacher's vocabulary",
+        )
 
 
 def live_load(folder: Path, shape: dict[str, Any], precision: str, batch_tokens: int, chunk: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmdistill.errors import IntegrityError
 from lmdistill.pipeline.keys import semantic
@@ -14,6 +14,9 @@ from lmdistill.signals.reader import SignalsReader
 from lmdistill.training.config import DistillConfig
 from lmdistill.training.corpus_rows import CorpusRows
 from lmdistill.training.schedules import scheduled
+
+if TYPE_CHECKING:
+    from lmdistill.on_policy.config import OnPolicyConfig
 
 Reader = SignalsReader | CorpusRows
 
@@ -124,18 +127,23 @@ def refuse_foreign_checkpoints(reader: Reader, config: DistillConfig, place: Pla
     if place.live_teacher is not None:
         identity["teacher"] = place.live_teacher.digest
     identity |= beside(place)
-    bound = place.work / "belongs_to.json"
+    bind(place.work, identity)
+
+
+def bind(work: Path, identity: dict[str, Any]) -> None:
+    """Write down whose checkpoints `work` holds; IntegrityError where it holds those of another identity."""
+    bound = work / "belongs_to.json"
     if bound.exists():
         other = json.loads(bound.read_text())
         differing = sorted(key for key in identity if other.get(key) != identity[key])
         if differing:
             raise IntegrityError(
-                f"the checkpoints in {place.work} were made with other {', '.join(differing)}",
+                f"the checkpoints in {work} were made with other {', '.join(differing)}",
                 why="a run that goes on with other data would skip some of it and be neither",
-                fix=f"delete {place.work} to start this training anew",
+                fix=f"delete {work} to start this training anew",
             )
         return
-    place.work.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     partial = bound.with_suffix(".tmp")
     partial.write_text(json.dumps(identity, indent=1))
     partial.rename(bound)
@@ -178,49 +186,51 @@ def _live(reader: Reader, config: DistillConfig, place: Place, model: Any) -> An
     """The teacher that runs beside the student, for losses that need it; IntegrityError where it has more tokens."""
     if place.live_teacher is None:
         return None
-    from lmdistill.training.live_teacher import open_live
+    from lmdistill.training.live_teacher import check_head, open_live
 
     isolate = reader.manifest.packing == "isolate"
     teacher = open_live(place.live_teacher, place.student, config.precision, place.device, isolate)
-    rows, tokens = model.lm_head.weight.shape[0], teacher.vocab_size
-    if rows < tokens:
-        raise IntegrityError(
-            f"the student {place.student} has logits for {rows} ids, its teacher's tokenizer {tokens}",
-            fix="make a student with the teacher's vocabulary",
-        )
+    check_head(model, teacher, place.student)
     return teacher
 
 
 def _arguments(config: DistillConfig, place: Place, steps: int) -> Any:
     from transformers import TrainingArguments
 
-    micro = config.micro_rows or config.batch_rows
+    keys = argument_keys(config, place, steps, config.batch_rows, config.micro_rows)
+    return TrainingArguments(**keys, seed=config.seed)
+
+
+def argument_keys(
+    config: DistillConfig | OnPolicyConfig, place: Place, steps: int, batch: int, micro: int | None
+) -> dict[str, Any]:
+    """Keys of transformers' TrainingArguments; `micro` of the `batch` rows of a step go at once."""
+    micro = micro or batch
     # A checkpoint lies on a line of the log, so that no line is computed from half an interval after a resume.
     every = max(1, config.checkpoint_steps // config.log_steps) * config.log_steps
-    return TrainingArguments(
-        output_dir=str(place.work),
-        max_steps=steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=config.batch_rows // micro,
-        learning_rate=config.lr,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=round(config.warmup * steps),
-        weight_decay=config.weight_decay,
-        adam_beta1=config.beta1,
-        adam_beta2=config.beta2,
-        max_grad_norm=config.clip,
-        bf16=config.precision == "bfloat16",
-        use_cpu=place.device == "cpu",
-        seed=config.seed,
-        logging_steps=config.log_steps,
-        save_steps=every,
-        save_total_limit=2,
-        remove_unused_columns=False,
-        dataloader_pin_memory=place.device != "cpu",
-        dataloader_num_workers=0 if place.device == "cpu" else 2,
-        report_to="none",
-        disable_tqdm=True,
-    )
+    return {
+        "output_dir": str(place.work),
+        "max_steps": steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": batch // micro,
+        "learning_rate": config.lr,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": round(config.warmup * steps),
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.beta1,
+        "adam_beta2": config.beta2,
+        "max_grad_norm": config.clip,
+        "bf16": config.precision == "bfloat16",
+        "use_cpu": place.device == "cpu",
+        "logging_steps": config.log_steps,
+        "save_steps": every,
+        "save_total_limit": 2,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": place.device != "cpu",
+        "dataloader_num_workers": 0 if place.device == "cpu" else 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
 
 
 def _record(

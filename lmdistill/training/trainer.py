@@ -92,8 +92,8 @@ class CheckpointSeal(TrainerCallback):  # type: ignore[misc]
 class ProgressReport(TrainerCallback):  # type: ignore[misc]
     """Passes the log on to the pipeline's progress."""
 
-    def __init__(self, progress: Progress, tokens_per_step: int) -> None:
-        self.progress, self.tokens_per_step = progress, tokens_per_step
+    def __init__(self, progress: Progress, per_step: int, unit: str = "token") -> None:
+        self.progress, self.per_step, self.unit = progress, per_step, unit
 
     def on_log(
         self,
@@ -103,8 +103,8 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Tokens done of all, with the loss and its parts."""
+        """Units done of all, with the loss and its parts."""
         if logs and "loss" in logs:
             figures = {key: logs[key] for key in ("loss", "kd", "ce") if key in logs}
-            done, total = state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step
-            self.progress.update(done, total, "token", **figures)
+            done, total = state.global_step * self.per_step, state.max_steps * self.per_step
+            self.progress.update(done, total, self.unit, **figures)
