@@ -62,7 +62,7 @@ def test_options_reach_the_loss(signals: Artefact, student: Artefact, tmp_path: 
     [
         ({"loss": "ce", "temperature": 2.0}, "'ce' does not read `temperature`", "decoupled_topk"),
         ({"loss": "forward_kl", "mass_weighted": False}, "'forward_kl' does not read `mass_weighted`", "decoupled"),
-        ({"js_beta": 0.2}, "'decoupled_topk' does not read `js_beta`", "reads it: js"),
+        ({"js_beta": 0.2}, "'decoupled_topk' does not read `js_beta`", "reads it: full_js, js"),
         ({"loss": "js", "self_normalised": True}, "'js' does not read `self_normalised`", "sampled_kd"),
     ],
 )
