@@ -81,13 +81,12 @@ def test_a_top_k_of_the_whole_vocabulary_says_the_same(name: str, seed: int, voc
     whole = replace(targets, ids_NK=ids_NV, logp_NK=logp_NV, tail_N=torch.full((N,), -torch.inf), live=None)
     live = _fused(name, hidden_ND, head_VD, targets, LossOptions())
     cells = _fused(FULL[name], hidden_ND, head_VD, whole, LossOptions())
-    assert padding > 1 or torch.allclose(live[0], cells[0], rtol=1e-4, atol=1e-5)
+    # what the smallest mass is differs a little: several ids are one cell there, and it is taken before normalising
+    near = 0.03 if padding else 1e-4
+    torch.testing.assert_close(live[0], cells[0], rtol=near, atol=1e-5)
     for one, other in zip(live[1:], cells[1:], strict=True):
         scale = other.abs().max().clamp_min(1.0)
-        # several ids of no mass are one cell there: ln of their number beside ln of the smallest mass
-        torch.testing.assert_close(
-            one / scale, other / scale, rtol=0.03 if padding > 1 else 1e-4, atol=0.03 if padding > 1 else 1e-5
-        )
+        torch.testing.assert_close(one / scale, other / scale, rtol=near, atol=near if padding else 1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(FULL))
