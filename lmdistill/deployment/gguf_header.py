@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from lmdistill.errors import IntegrityError
 
+_ALIGNMENT = 32  # of the data, in every file that does not say otherwise
 _STRING, _ARRAY = 8, 9  # value types that are not of one fixed size
 _FIXED_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
@@ -26,6 +27,7 @@ class TensorInfo:
     type: str  # f32, q4_0, q6_k …
     block: int  # weights in a block of that type
     bytes: int
+    offset: int  # where in the file its bytes begin
 
     @property
     def weights(self) -> int:
@@ -43,7 +45,9 @@ def read_tensors(path: Path) -> dict[str, TensorInfo]:
             for _ in range(fields):
                 _skip_string(file)
                 _skip_value(file, _u32(file))
-            return dict(_read_tensor(file) for _ in range(tensors))
+            found = [_read_tensor(file) for _ in range(tensors)]
+            data = -(-file.tell() // _ALIGNMENT) * _ALIGNMENT
+            return {name: replace(tensor, offset=data + tensor.offset) for name, tensor in found}
         except (struct.error, UnicodeDecodeError, KeyError, ValueError) as error:
             raise IntegrityError(f"{path} is cut short or damaged", why=str(error)) from error
 
@@ -80,9 +84,9 @@ def _read_tensor(file: BinaryIO) -> tuple[str, TensorInfo]:
     name = file.read(_u64(file)).decode("utf-8")
     shape = tuple(_u64(file) for _ in range(_u32(file)))[::-1]
     kind = gguf.GGMLQuantizationType(_u32(file))
-    _offset = _u64(file)
+    offset = _u64(file)
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    return name, TensorInfo(shape, kind.name.lower(), block, math.prod(shape) // block * block_bytes)
+    return name, TensorInfo(shape, kind.name.lower(), block, math.prod(shape) // block * block_bytes, offset)
 
 
 def bits_per_weight(tensors: dict[str, TensorInfo]) -> float:

@@ -1,4 +1,4 @@
-"""Writes a model folder as an F32 or F16 GGUF file, tensor by tensor, never holding the whole model.
+"""Writes a model folder as a GGUF file, tensor by tensor, never holding the whole model.
 
 Norms, biases and convolution taps stay 32-bit in every file, as llama.cpp wants them.
 """
@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from lmdistill.deployment.architectures import Architecture, architecture_of
 from lmdistill.deployment.vocabulary import read_vocabulary
@@ -69,39 +69,91 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> None:
         )
 
 
-def write_gguf(folder: Path, target: Path, precision: Precision, *, name: str, parent: str) -> None:
+class Encoding(Protocol):
+    """How tensors are stored in a file."""
+
+    @property
+    def file_type(self) -> Any:
+        """The file's type in its metadata, a `gguf.LlamaFileType`."""
+
+    def declaration(self, source: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Any, int, Any]:
+        """Shape, numpy type, bytes and GGML type (None: by the numpy type) of the checkpoint's tensor `source`."""
+
+    def encode(self, source: str, tensor: Any) -> Any:
+        """The array to write for a finite float32 torch tensor laid out as llama.cpp wants it."""
+
+
+class FloatEncoding:
+    """Everything in one float type, but norms, biases and taps in f32."""
+
+    def __init__(self, precision: Precision, architecture: Architecture) -> None:
+        """Keep both."""
+        self.precision, self.architecture = precision, architecture
+
+    @property
+    def file_type(self) -> Any:
+        """ALL_F32 or MOSTLY_F16."""
+        import gguf
+
+        return {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16}[self.precision]
+
+    def declaration(self, source: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Any, int, Any]:
+        """As numpy says it."""
+        import numpy as np
+
+        whole = self.precision == "f32" or self.architecture.keeps_f32(shape)
+        dtype = np.dtype(np.float32 if whole else np.float16)
+        return shape, dtype, int(np.prod(shape)) * dtype.itemsize, None
+
+    def encode(self, source: str, tensor: Any) -> Any:
+        """Raises IntegrityError for weights beyond float16."""
+        import numpy as np
+
+        array = tensor.numpy()
+        if self.precision == "f32" or self.architecture.keeps_f32(array.shape):
+            return array
+        if np.abs(array).max(initial=0.0) > np.finfo(np.float16).max:
+            raise IntegrityError(
+                f"{source} does not fit f16",
+                why=f"its largest weight is {np.abs(array).max():.3g}",
+                fix="leave f16 out of the export's formats; f32, bf16 and quantised files are made from f32",
+            )
+        return array.astype(np.float16)
+
+
+def write_gguf(folder: Path, target: Path, encoding: Precision | Encoding, *, name: str, parent: str) -> None:
     """Write the model in `folder` to `target`; `name` and `parent` (the checkpoint's digest) go into its metadata.
 
     Raises PreflightError for an architecture or tokenizer that cannot be written, IntegrityError for weights that
-    do not fit the config or the precision.
+    do not fit the config or the encoding.
     """
     import gguf
 
     architecture = architecture_of(read_config(folder))
     vocabulary = read_vocabulary(folder, architecture.vocab_size)
+    stored = FloatEncoding(encoding, architecture) if isinstance(encoding, str) else encoding
     writer = gguf.GGUFWriter(path=None, arch=architecture.gguf_name)
-    file_type = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16}[precision]
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(file_type)
+    writer.add_file_type(stored.file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_string("lmdistill.parent", parent)
     architecture.add_metadata(writer)
     vocabulary.add_to(writer)
     with open_checkpoint(folder) as checkpoint:
         check_tensors(architecture, checkpoint)
-        _declare(writer, architecture, precision)
+        _declare(writer, architecture, stored)
         try:
             writer.write_header_to_file(path=target)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for array in _arrays(architecture, checkpoint, precision):
+            for array in _arrays(architecture, checkpoint, stored):
                 writer.write_tensor_data(array)
         finally:
             writer.close()
 
 
-def _declare(writer: Any, architecture: Architecture, precision: Precision) -> None:
+def _declare(writer: Any, architecture: Architecture, encoding: Encoding) -> None:
     """Tell the writer every tensor's name, shape and size before the first one is written."""
     import numpy as np
 
@@ -109,29 +161,17 @@ def _declare(writer: Any, architecture: Architecture, precision: Precision) -> N
     for source, shape in architecture.tensors().items():
         if source not in names:
             raise LmdistillError(f"the gguf package has no name for {source} in {architecture.gguf_name}")
-        written = architecture.written_shape(shape)
-        dtype = np.dtype(np.float32 if precision == "f32" or architecture.keeps_f32(written) else np.float16)
-        writer.add_tensor_info(names[source], written, dtype, int(np.prod(written)) * dtype.itemsize)
+        writer.add_tensor_info(names[source], *encoding.declaration(source, architecture.written_shape(shape)))
     for name, tensor in architecture.extra_tensors().items():
         writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), tensor.numel() * 4)
 
 
-def _arrays(architecture: Architecture, checkpoint: Checkpoint, precision: Precision) -> Iterator[Any]:
+def _arrays(architecture: Architecture, checkpoint: Checkpoint, encoding: Encoding) -> Iterator[Any]:
     """Each tensor as it is written, in the order it was declared."""
-    import numpy as np
-
     for source in architecture.tensors():
-        array = architecture.convert(source, checkpoint.tensor(source)).contiguous().numpy()
-        if not np.isfinite(array).all():
+        tensor = architecture.convert(source, checkpoint.tensor(source)).contiguous()
+        if not tensor.isfinite().all():
             raise IntegrityError(f"{source} in {checkpoint.folder} holds numbers that are not finite")
-        if precision == "f16" and not architecture.keeps_f32(array.shape):
-            if np.abs(array).max(initial=0.0) > np.finfo(np.float16).max:
-                raise IntegrityError(
-                    f"{source} in {checkpoint.folder} does not fit f16",
-                    why=f"its largest weight is {np.abs(array).max():.3g}",
-                    fix="leave f16 out of the export's formats; f32, bf16 and quantised files are made from f32",
-                )
-            array = array.astype(np.float16)
-        yield array
+        yield encoding.encode(source, tensor)
     for tensor in architecture.extra_tensors().values():
         yield tensor.numpy()

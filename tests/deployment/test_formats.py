@@ -74,10 +74,15 @@ def test_header_agrees_with_the_gguf_package(files: Any) -> None:
 
     path = files["64"][0]
     expected = {
-        tensor.name: (tuple(int(size) for size in tensor.shape[::-1]), tensor.tensor_type.name.lower(), tensor.n_bytes)
+        tensor.name: (
+            tuple(int(size) for size in tensor.shape[::-1]),
+            tensor.tensor_type.name.lower(),
+            tensor.n_bytes,
+            tensor.data_offset,
+        )
         for tensor in gguf.GGUFReader(path).tensors
     }
-    assert {name: (t.shape, t.type, t.bytes) for name, t in read_tensors(path).items()} == expected
+    assert {name: (t.shape, t.type, t.bytes, t.offset) for name, t in read_tensors(path).items()} == expected
 
 
 @pytest.mark.parametrize("damage", [b"", b"GGUF", b"nope" * 20])

@@ -55,8 +55,8 @@ class Q6_K(Grid):
         return torch.where(empty_N1, 0.0, codes_NB), scales
 
     def _nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """A scale of zero leaves only the point 0."""
-        return self._recoded(blocks_NB, scales, blocks_NB.new_full((), _HALF))
+        """A scale of zero leaves only the point 0, whose code is 0 in the reference's empty blocks."""
+        return self._recoded(blocks_NB, scales, blocks_NB.new_zeros(()))
 
     def _recoded(self, blocks_NB: torch.Tensor, scales: Scales, kept_NGM: torch.Tensor) -> torch.Tensor:
         step_NG1 = self._steps(scales)

@@ -1,0 +1,82 @@
+"""Where a trained model's tensors lie: the grid of each and its scales, kept in a folder beside the weights.
+
+`grids/grids.json` names the grid of every tensor, `grids/scales.safetensors` has `<tensor>|<scale>`. Most grids find
+their scales again in their own points; learned scales and searched ones are not found again, so all are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmdistill.errors import IntegrityError
+from lmdistill.pipeline.files import fsync, write_text
+
+FOLDER = "grids"
+_BETWEEN = "|"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The types of a checkpoint's tensors, by their names there, and the scales of those on a grid."""
+
+    grids: dict[str, str]  # a grid of `quantization/grids`, f32 or f16
+    scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def save(self, model: Path) -> None:
+        """Write it into the model folder `model`, whole or not at all."""
+        from safetensors.torch import save_file
+
+        folder = model / FOLDER
+        folder.mkdir(exist_ok=True)
+        flat = {
+            f"{tensor}{_BETWEEN}{name}": scale.contiguous()
+            for tensor, scales in sorted(self.scales.items())
+            for name, scale in sorted(scales.items())
+        }
+        unfinished = folder / "scales.safetensors.tmp"
+        save_file(flat, unfinished)
+        fsync(unfinished)
+        unfinished.replace(folder / "scales.safetensors")
+        write_text(folder / "grids.json", json.dumps({"version": 1, "tensors": self.grids}, indent=1) + "\n")
+
+    @staticmethod
+    def load(model: Path) -> Placement | None:
+        """That of the model folder `model`; None where the model lies on no grid. Raises IntegrityError."""
+        from safetensors.torch import load_file
+
+        folder = model / FOLDER
+        if not (folder / "grids.json").exists():
+            return None
+        record: dict[str, Any] = json.loads((folder / "grids.json").read_text("utf-8"))
+        if record.get("version") != 1:
+            raise IntegrityError(f"{folder / 'grids.json'} is of version {record.get('version')}, not 1")
+        scales: dict[str, dict[str, torch.Tensor]] = {}
+        for key, scale in load_file(folder / "scales.safetensors").items():
+            tensor, _, name = key.rpartition(_BETWEEN)
+            scales.setdefault(tensor, {})[name] = scale
+        return Placement(record["tensors"], scales)
+
+
+def place(tensors: Mapping[str, torch.Tensor], grids: Mapping[str, str]) -> tuple[dict[str, torch.Tensor], Placement]:
+    """Put a checkpoint's tensors on `grids` as the reference would: the points, and where they lie."""
+    from lmdistill.quantization.plan import FLOATS
+    from lmdistill.quantization.registry import get
+
+    points: dict[str, torch.Tensor] = {}
+    scales: dict[str, dict[str, torch.Tensor]] = {}
+    for tensor, weights in tensors.items():
+        kind = grids[tensor]
+        if kind in FLOATS:
+            points[tensor] = weights.float() if kind == "f32" else weights.half().float()
+            continue
+        grid = get(kind)
+        grid.check_width(weights.shape[-1], tensor)
+        quantised = grid.quantise(weights)
+        points[tensor], scales[tensor] = grid.dequantise(quantised), quantised.scales
+    return points, Placement(dict(grids), scales)
