@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmdistill.evaluation import divergence
+from lmdistill.evaluation.calibration import Calibration
 from lmdistill.evaluation.heldout import HeldOut, ScoredSequence
 from lmdistill.evaluation.references import Reference, ReferenceWriter
 from lmdistill.evaluation.runtimes import ScoringRuntime
@@ -67,9 +68,13 @@ def score(
     teacher: Reference | None = None,
     parent: Reference | None = None,
     keep: ReferenceWriter | None = None,
+    calibration: Calibration | None = None,
     on_sequence: Callable[[int], None] = lambda done: None,
 ) -> RowSums:
-    """Score `runtime` on every held-out prediction; `keep` receives its own log-probabilities as a reference."""
+    """Score `runtime` on every held-out prediction; `keep` receives its own log-probabilities as a reference.
+
+    `calibration` gathers how sure it was and how often right.
+    """
     import torch
 
     predictions_R = [0] * heldout.rows
@@ -82,6 +87,8 @@ def score(
         log_x_NV = log_x_TV[torch.from_numpy(sequence.positions_N)]
         if keep is not None:
             keep.append(log_x_NV)
+        if calibration is not None:
+            calibration.add(log_x_NV, torch.from_numpy(sequence.targets_N))
         _add_sequence(rows, sequence, log_x_NV, start, teacher, parent)
         start += len(sequence.positions_N)
         on_sequence(done)

@@ -1,0 +1,1 @@
+"""Proposes a recipe for a data set: measured features, rules, and a small sweep."""
