@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from lmdistill.cli_cache import cache_app
+from lmdistill.cli_recommend import recommend
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
+app.command()(recommend)
 
 
 def _version(show: bool) -> None:
