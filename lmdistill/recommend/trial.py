@@ -5,7 +5,9 @@ Axes: R held-out rows.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +69,8 @@ def train_and_score(
         refuse_foreign_checkpoints(reader, config, place)
     except IntegrityError:  # of a training that was given up
         shutil.rmtree(scratch)
-    record = train(reader, config, place, SilentProgress())
+    with contextlib.redirect_stdout(sys.stderr):  # the trainer prints; what is printed here is the caller's answer
+        record = train(reader, config, place, SilentProgress())
     rows, calibration_error = score_model(place.output, heldout, device)
     shutil.rmtree(scratch)
     return Score(record["tokens"], rows, calibration_error)
