@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,24 +26,34 @@ class Sink(Protocol):
 
 
 class EventFile:
-    """Appends every event to a file, one JSON object a line."""
+    """Appends every event to a file, one JSON object a line. An OSError, of a full disk say, names the file."""
 
     def __init__(self, path: Path) -> None:
         """Open the file; earlier runs' events stay."""
         path.parent.mkdir(parents=True, exist_ok=True)
         earlier = path.read_bytes() if path.exists() else b""
-        self.file = path.open("a", encoding="utf-8", buffering=1)
+        self.path, self.file = path, path.open("a", encoding="utf-8", buffering=1)
         if earlier and not earlier.endswith(b"\n"):  # a power cut left half a line: the next event begins its own
             self.file.write("\n")
 
     def handle(self, event: str, fields: dict[str, Any]) -> None:
         """Write one line."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        self.file.write(json.dumps({"time": now, "event": event, **fields}, ensure_ascii=False) + "\n")
+        with self._named():
+            self.file.write(json.dumps({"time": now, "event": event, **fields}, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         """Close the file."""
-        self.file.close()
+        with self._named():
+            self.file.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Writing to an open file fails without its name."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 class Events:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_BYTES = 2**24  # read before pages go back; twice to four times that is resident, as neighbours come with a page
+MOST_BYTES = 2**22  # read before pages go back; up to five times that is resident, as neighbours come with a page
 
 
 class MappedFiles:

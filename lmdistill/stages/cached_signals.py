@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from lmdistill.asset_spec import AssetSpec
 from lmdistill.errors import IntegrityError, LmdistillError, PreflightError
 from lmdistill.pipeline.stage import Estimate, Input, PreflightContext, Stage, StageConfig, StageContext
+
+if TYPE_CHECKING:
+    from lmdistill.signals.format import Layout
 
 TRAINED = "train"  # the split that distill reads
 
@@ -22,12 +25,22 @@ class CachedSignalsConfig(StageConfig):
     @property
     def variant(self) -> str:
         """How the cache is stored, as `teach`'s key of this name: losses go by it. Empty where there is no cache."""
+        layout = self._layout()
+        return "" if layout is None else layout.variant
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...] | None:
+        """Whose hidden states it holds, as `teach`'s key of this name. None where there is no cache."""
+        layout = self._layout()
+        return None if layout is None else () if layout.hidden is None else layout.hidden.layers
+
+    def _layout(self) -> Layout | None:
         from lmdistill.signals.exchange.as_corpus import open_cache
 
         try:
-            return open_cache(self.cache).layout.variant
+            return open_cache(self.cache).layout
         except LmdistillError:  # said by this stage's own preflight
-            return ""
+            return None
 
 
 class CachedSignalsStage(Stage[CachedSignalsConfig]):

@@ -150,6 +150,13 @@ def test_damaged_hidden_states_make_no_cache(caches, tmp_path, damage):
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_recipe_knows_whose_hidden_states_a_cache_holds(caches, texts, variant, tmp_path):
+    """As it knows of `teach`, before anything runs; of no cache it says nothing."""
+    without = captured(tmp_path / "without", None, variant, train=texts["c"])
+    told = [CachedSignalsConfig(cache=str(cache)).hidden_layers for cache in (caches[0], without, tmp_path / "none")]
+    assert told == [LAYERS, (), None]
+
+
 def test_a_run_takes_them_from_a_cache_and_plans_their_room(caches, tmp_path):
     """`cached_signals`: the same files, and a disk estimate that counts every one but records and manifest."""
     take_cache(open_cache(AssetSpec(source=str(caches[0]))), tmp_path)
