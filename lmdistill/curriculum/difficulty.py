@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdistill.corpus.format import DOC_START, LOSS
-from lmdistill.errors import IntegrityError, RecipeError, nearest
+from lmdistill.errors import RecipeError, nearest
+from lmdistill.signals.integrity import unknown_next
 
 F64 = NDArray[np.float64]
 BLOCK = 64  # rows read at once
@@ -133,11 +134,7 @@ def _blocks(cache: Rows) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_
         batch = cache.read(range(start, min(start + BLOCK, cache.rows)))
         counts_RT = (batch.flags_RT & LOSS) > 0
         if np.isnan(batch.lp_next_RT[counts_RT]).any():
-            raise IntegrityError(
-                f"{cache.folder} does not say how likely the teacher found the tokens of the text",
-                why="caches from elsewhere may lack the log-prob of a token that is not among their entries",
-                fix="choose another `difficulty`, or capture the teacher with the teach stage",
-            )
+            raise unknown_next(cache.folder, "choose another `difficulty`")
         yield batch.lp_next_RT, counts_RT, (batch.flags_RT & DOC_START) > 0
 
 

@@ -69,15 +69,22 @@ def _gradient(
     """The mix's gradient in the logits `[B, V]`, in the memory of the exponentials."""
     scale_B = (max_B - student.lse_N).exp()
     q_BS = exp_BV.gather(1, kd.ids_NS) * scale_B[:, None]
-    outside_B = mix.kd_weight * kd.outside_N + mix.ce_weight
-    grad_BV = exp_BV.mul_((outside_B * scale_B)[:, None])
-    grad_BV.scatter_(1, kd.ids_NS, mix.kd_weight * kd.inside_NS + mix.ce_weight * q_BS)
+    ce_B1 = mix.ce_weight if targets.scale_2N is None else mix.ce_weight * targets.scale_2N[1][:, None]
+    outside_B1 = mix.kd_weight * kd.outside_N[:, None] + ce_B1
+    grad_BV = exp_BV.mul_(outside_B1 * scale_B[:, None])
+    grad_BV.scatter_(1, kd.ids_NS, mix.kd_weight * kd.inside_NS + ce_B1 * q_BS)
     if kd.dense_NV is not None:
         grad_BV.add_(kd.dense_NV, alpha=mix.kd_weight)
     if mix.ce_weight:
-        minus_B1 = torch.full_like(max_B, -mix.ce_weight)[:, None]
-        grad_BV.scatter_add_(1, targets.next_N[:, None], minus_B1)
+        grad_BV.scatter_add_(1, targets.next_N[:, None], torch.full_like(max_B, -1.0)[:, None] * ce_B1)
     return grad_BV
+
+
+def _scaled(kd: LossTerms, scale_2B: torch.Tensor) -> LossTerms:
+    """Terms of a loss whose positions weigh as much as the first of two rows says."""
+    scale_B, scale_B1 = scale_2B[0], scale_2B[0][:, None]
+    dense_BV = None if kd.dense_NV is None else kd.dense_NV.mul_(scale_B1)
+    return LossTerms(kd.loss_N * scale_B, kd.outside_N * scale_B, kd.ids_NS, kd.inside_NS * scale_B1, dense_BV)
 
 
 class _Arrays:
@@ -100,6 +107,9 @@ class _Arrays:
         student, exp_BV, max_B = _softmax(logits_BV, targets)
         kd = mix.kd(student, targets, mix.options)
         sums_2B[0], sums_2B[1] = kd.loss_N, student.lse_N - student.logit_next_N
+        if targets.scale_2N is not None:
+            kd = _scaled(kd, targets.scale_2N)
+            sums_2B.mul_(targets.scale_2N)
         if grad:
             grad_BV = _gradient(exp_BV, student, max_B, kd, targets, mix)
             if not self.single:
@@ -171,7 +181,7 @@ class _FusedHead(torch.autograd.Function):  # type: ignore[misc]
 def fused_head_loss(
     hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets: Targets, mix: Mix, chunk: int = 256
 ) -> Sums:
-    """Sum over N positions of the mixed loss of `softmax(hidden @ head.T)`, float32 inside.
+    """Sum over N positions, each with its weights, of the mixed loss of `softmax(hidden @ head.T)`, float32 inside.
 
     `hidden_ND` sets the precision of the matrix products; the head may be kept in float32 beside it.
     The two parts in the result carry no gradient.

@@ -50,6 +50,7 @@ class Targets:
     tail_N: torch.Tensor  # float32, its log-mass outside those; -inf where K covers the vocabulary
     weight_NK: torch.Tensor | None = None  # float32, importance weights of drawn ids; None: the ids are the top K
     live: LiveTeacher | None = None  # the teacher itself, for losses over the whole vocabulary
+    scale_2N: torch.Tensor | None = None  # float32, weights of KD and of CE at each position; None: all are 1
 
     @property
     def absent_NK(self) -> torch.Tensor:
@@ -60,7 +61,9 @@ class Targets:
         """Some of the positions."""
         weight_NK = None if self.weight_NK is None else self.weight_NK[rows]
         live = None if self.live is None else self.live.rows(rows)
-        return Targets(self.next_N[rows], self.ids_NK[rows], self.logp_NK[rows], self.tail_N[rows], weight_NK, live)
+        scale_2N = None if self.scale_2N is None else self.scale_2N[:, rows]
+        parts = self.next_N[rows], self.ids_NK[rows], self.logp_NK[rows], self.tail_N[rows]
+        return Targets(*parts, weight_NK, live, scale_2N)
 
 
 def absent_as_first(values_NK: torch.Tensor, targets: Targets) -> torch.Tensor:

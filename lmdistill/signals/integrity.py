@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from lmdistill.errors import IntegrityError
 from lmdistill.pipeline.files import sha256_file
 from lmdistill.signals import variant as variants
 from lmdistill.signals.format import Layout, ShardEntry, record_name, sha256_of
@@ -47,3 +48,12 @@ def _bad_blocks(path: Path, record: dict[str, Any], layout: Layout, shard: Shard
                 span = f"bytes {block.start}–{block.stop - 1}"
                 problems.append(f"{path.name}: block {index} ({content}), {span}: crc32 differs")
     return problems
+
+
+def unknown_next(folder: Path, fix: str) -> IntegrityError:
+    """What to raise where a teacher's log-prob of the text's token is wanted, and the cache in `folder` has none."""
+    return IntegrityError(
+        f"{folder} does not say how likely the teacher found the tokens of the text",
+        why="caches from elsewhere may lack the log-prob of a token that is not among their entries",
+        fix=f"{fix}, or capture the teacher with the teach stage",
+    )

@@ -47,9 +47,10 @@ class DistillStage(Stage[DistillConfig]):
         from lmdistill.intermediate import registry as intermediate
         from lmdistill.losses import registry as losses
         from lmdistill.training.schedules import shapes
+        from lmdistill.training.token_weights import weightings
 
-        def described(entry: losses.Loss | intermediate.Entry) -> str:
-            return entry.summary + (f" [{', '.join(entry.options)}]" if entry.options else "")
+        def described(entry: Any) -> str:
+            return f"{entry.summary} [{', '.join(entry.options)}]" if entry.options else str(entry.summary)
 
         return {
             "loss": {name: described(entry) for name, entry in losses.catalogue().items()},
@@ -57,6 +58,7 @@ class DistillStage(Stage[DistillConfig]):
             "shape of a schedule": shapes(),
             "curriculum.difficulty": {name: measure.summary for name, measure in measures().items()},
             "curriculum.pacing": pacings(),
+            "token_weights.by": {name: described(entry) for name, entry in weightings().items()},
         }
 
     def preflight(self, ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
@@ -97,7 +99,7 @@ class DistillStage(Stage[DistillConfig]):
         logits = 12 * ctx.config.chunk * teacher["vocab_size"]
         operations, memory = _live_load(ctx, teacher, rows * length)
         return Estimate(
-            (6 * parameters + operations) * ctx.config.tokens / CPU_FLOPS,
+            (6 * parameters + operations) * ctx.config.tokens_seen / CPU_FLOPS,
             2 * 12 * parameters + 4 * parameters,
             16 * parameters + activations + logits + memory,
             f"{parameters / 1e6:,.0f} M parameters; time on two CPU cores",

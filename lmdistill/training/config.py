@@ -11,6 +11,7 @@ from lmdistill.intermediate.keys import IntermediateKeys
 from lmdistill.losses.registry import LossOptions
 from lmdistill.pipeline.stage import AddedKey, RuntimeKey, StageConfig
 from lmdistill.training.schedules import TemperatureChange, WeightChange
+from lmdistill.training.token_keys import TokenWeights
 
 
 class DistillConfig(StageConfig):
@@ -19,8 +20,11 @@ class DistillConfig(StageConfig):
     loss: str = Field(
         default="decoupled_topk", description="by name, see below; ce is the baseline, full_… run the teacher"
     )
-    kd_weight: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.9, description="λ: weight of the distillation loss; cross-entropy has the rest"
+    kd_weight: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        default=0.9, description="λ: weight of the distillation loss; cross-entropy has the rest; auto: estimated"
+    )
+    probe_share: Annotated[float, AddedKey(), Field(gt=0, le=1)] = Field(
+        default=0.1, description="`kd_weight: auto`: share of `tokens` in each of the two trainings that it takes"
     )
     mix: Literal["convex", "additive"] = Field(
         default="convex", description="convex: (1−λ)·CE + λ·KD; additive: CE + λ·KD"
@@ -48,6 +52,9 @@ class DistillConfig(StageConfig):
     )
     intermediate: Annotated[tuple[IntermediateKeys, ...], AddedKey()] = Field(
         default=(), description="losses on hidden states, attention relations or blocks, beside the one at the head"
+    )
+    token_weights: Annotated[TokenWeights | None, AddedKey()] = Field(
+        default=None, description="some tokens teach more than others; null: all the same"
     )
     tokens: Annotated[int, Field(ge=1)] = Field(
         default=1_000_000, description="tokens to train on; more than the cache holds means several epochs"
@@ -99,6 +106,16 @@ class DistillConfig(StageConfig):
         if self.micro_rows and self.batch_rows % self.micro_rows:
             raise ValueError(f"micro_rows {self.micro_rows} does not divide batch_rows {self.batch_rows}")
         return self
+
+    @property
+    def weight(self) -> float:
+        """λ; ValueError where it is still to be estimated."""
+        return float(self.kd_weight)
+
+    @property
+    def tokens_seen(self) -> float:
+        """Tokens of all the trainings that this one takes."""
+        return self.tokens * (1 + 2 * self.probe_share if self.kd_weight == "auto" else 1)
 
     @property
     def live(self) -> bool:

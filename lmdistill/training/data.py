@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lmdistill.corpus.format import DOC_START, LOSS, document_positions
+from lmdistill.signals.integrity import unknown_next
 from lmdistill.signals.reader import SignalsBatch, SignalsReader
 from lmdistill.training.corpus_rows import CorpusRows
 
@@ -42,14 +43,24 @@ class SignalsCollator:
 
     def __init__(self, reader: SignalsReader | CorpusRows, isolate: bool) -> None:
         self.reader, self.isolate = reader, isolate
+        self.need_next = False  # whether weights of tokens ask for the teacher's log-probs of the text
 
     def __call__(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """The rows as tensors, with position ids that start again at every document where packing isolates."""
         batch = self.reader.read(list(rows))
         inputs = to_inputs(batch)
+        if self.need_next:
+            inputs["teacher_next"] = _next_of(batch, self.reader)
         if self.isolate:
             inputs["position_ids"] = torch.from_numpy(document_positions((batch.flags_RT & DOC_START) > 0))
         return inputs
+
+
+def _next_of(batch: SignalsBatch, reader: SignalsReader | CorpusRows) -> torch.Tensor:
+    """The teacher's log-probs of the tokens that follow `[R, T]`; IntegrityError where one that counts is not known."""
+    if np.isnan(batch.lp_next_RT[(batch.flags_RT & LOSS) > 0]).any():
+        raise unknown_next(reader.folder, "set no `token_weights`")
+    return torch.from_numpy(batch.lp_next_RT)
 
 
 def to_inputs(batch: SignalsBatch) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ class Phases(TrainerCallback):  # type: ignore[misc]
         """The mix in step `step`, from 0."""
         config = self.config
         tau = value_at(config.temperature, config.temperature_schedule, step, self.steps)
-        kd_weight = value_at(config.kd_weight, config.kd_weight_schedule, step, self.steps)
+        kd_weight = value_at(config.weight, config.kd_weight_schedule, step, self.steps)
         return Mix(self._loss, replace(self._options, temperature=tau), *config.weights(kd_weight))
 
     def now(self) -> Mix:

@@ -52,14 +52,17 @@ def train(reader: Reader, config: DistillConfig, place: Place, progress: Progres
     from lmdistill.checkpoints import load_model, save_model
     from lmdistill.intermediate.attach import detach, recorded
     from lmdistill.training import optimizer
+    from lmdistill.training.ground_truth import settled
     from lmdistill.training.ordering import curriculum_record
     from lmdistill.training.pairing import check_pair
     from lmdistill.training.trainer import last_checkpoint
 
     check_pair(config.loss, reader.sampled, f"the teacher cache {reader.folder}")
-    set_seed(config.seed)
     refuse_other_tokens(reader, place.student)
     refuse_foreign_checkpoints(reader, config, place)
+    settings = _semantic(config)
+    config, estimate = settled(reader, config, place, progress)
+    set_seed(config.seed)
     model = load_model(place.student, device=place.device)
     frozen = optimizer.freeze(model, list(config.freeze))
     if config.compile:
@@ -72,8 +75,9 @@ def train(reader: Reader, config: DistillConfig, place: Place, progress: Progres
         round_matrices(model)
     save_model(model.float(), place.output, tokenizer_from=place.student)
     parts = ["kd", "ce", *(one["name"] for one in compared)]
-    record = _record(reader, config, trainer.state, frozen, model, parts) | recorded(compared, place.student)
-    return record | curriculum_record(config.curriculum, trainer.train_dataset.order, place.work)
+    record = _record(reader, config, trainer.state, frozen, model, parts) | {"settings": settings} | estimate
+    paced = curriculum_record(config.curriculum, trainer.train_dataset.order, place.work)
+    return record | recorded(compared, place.student) | paced
 
 
 def compile_blocks(model: Any) -> None:
@@ -165,12 +169,13 @@ def _trainer(model: Any, reader: Reader, config: DistillConfig, place: Place, pr
     teacher = _live(reader, config, place, model)
     steps = steps_of(config, reader.row_tokens)
     phases = Phases(config, steps)
-    attach_loss(model, phases.now, config.chunk, teacher if config.live else None)
+    attach_loss(model, phases.now, config.chunk, teacher if config.live else None, config.token_weights)
     order = data_order(reader, config, place, model, steps)
     collator = SignalsCollator(reader, reader.manifest.packing == "isolate")
     if config.intermediate:
         sources = Sources(reader, place.student, teacher, place.teacher)
         collator = attach(model, config.intermediate, sources, order.tolist(), config.seed, config.loss != "none")
+    collator.need_next = config.token_weights is not None
     return DistillationTrainer(
         model=model,
         args=_arguments(config, place, steps),

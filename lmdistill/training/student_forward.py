@@ -17,16 +17,24 @@ import torch
 
 from lmdistill.losses.fused_head import Mix, fused_head_loss
 from lmdistill.losses.registry import Targets
+from lmdistill.training.token_keys import TokenWeights
+from lmdistill.training.token_weights import Places, weighed
 
 if TYPE_CHECKING:
     from lmdistill.training.live_teacher import LiveEngine
 
 
-def attach_loss(model: Any, mix: Callable[[], Mix], chunk: int, teacher: LiveEngine | None = None) -> Any:
+def attach_loss(
+    model: Any,
+    mix: Callable[[], Mix],
+    chunk: int,
+    teacher: LiveEngine | None = None,
+    weights: TokenWeights | None = None,
+) -> Any:
     """Give `model` a forward of (input_ids, labels, teacher_*) → {"loss", "kd", "ce"}; returns the model.
 
     The loss is a mean in nats over the counted positions of the whole (accumulated) batch. `mix` says how it is made
-    up in the step at hand. A live `teacher` sees the same rows in the same step.
+    up in the step at hand. A live `teacher` sees the same rows in the same step. `weights` are those of tokens.
     """
 
     def forward(
@@ -37,6 +45,7 @@ def attach_loss(model: Any, mix: Callable[[], Mix], chunk: int, teacher: LiveEng
         teacher_logp: torch.Tensor,
         teacher_tail: torch.Tensor,
         teacher_weight: torch.Tensor | None = None,
+        teacher_next: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
@@ -55,6 +64,10 @@ def attach_loss(model: Any, mix: Callable[[], Mix], chunk: int, teacher: LiveEng
         )
         if teacher is not None:
             targets = replace(targets, live=teacher.speak(input_ids, position_ids, counts_RT))
+        if weights is not None and teacher_next is not None:
+            row_RT = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+            places = Places(teacher_next[counts_RT], row_RT[counts_RT], len(labels))
+            targets = weighed(weights, targets, places, hidden_ND, self.lm_head.weight, chunk)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             sums = fused_head_loss(hidden_ND, self.lm_head.weight, targets, mix(), chunk)
         count = hidden_ND.shape[0] if num_items_in_batch is None else num_items_in_batch

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdistill.curriculum.config import CurriculumConfig
@@ -30,6 +30,7 @@ def _plain(rows: int, epochs: float) -> Any:
     return np.concatenate([np.random.default_rng(i).permutation(rows) for i in range(4)])[:wanted]
 
 
+@settings(max_examples=60, deadline=None)
 @given(DIFFICULTIES, CONFIGS, st.floats(0.2, 3), st.integers(0, 5))
 def test_every_row_comes_as_often_as_without_a_curriculum(
     difficulty_R: Any, config: CurriculumConfig, epochs: float, seed: int
@@ -38,6 +39,7 @@ def test_every_row_comes_as_often_as_without_a_curriculum(
     assert sorted(paced_order(plain_N, difficulty_R, config, seed)) == sorted(plain_N)
 
 
+@settings(max_examples=60, deadline=None)
 @given(DIFFICULTIES, CONFIGS, st.floats(0.2, 3), st.integers(0, 5))
 def test_the_same_keys_and_seed_give_the_same_order(
     difficulty_R: Any, config: CurriculumConfig, epochs: float, seed: int
@@ -47,6 +49,7 @@ def test_the_same_keys_and_seed_give_the_same_order(
     assert (first == second).all()
 
 
+@settings(max_examples=60, deadline=None)
 @given(DIFFICULTIES, CONFIGS, st.floats(0.2, 3))
 def test_no_row_comes_before_its_bucket_is_open_unless_the_open_ones_are_empty(
     difficulty_R: Any, config: CurriculumConfig, epochs: float
@@ -60,6 +63,7 @@ def test_no_row_comes_before_its_bucket_is_open_unless_the_open_ones_are_empty(
             assert (bucket_N[place:] >= bucket).all()
 
 
+@settings(max_examples=60, deadline=None)
 @given(DIFFICULTIES, st.integers(2, 9))
 def test_buckets_are_equal_parts_by_difficulty(difficulty_R: Any, buckets: int) -> None:
     bucket_R = buckets_of(difficulty_R, buckets)

@@ -31,6 +31,7 @@ NAMES = {
     "VllmOptions": {"vllm"},
     "EndpointOptions": {"options"},
     "CurriculumConfig": {"config", "curriculum"},
+    "TokenWeights": {"keys"},
     "WeightChange": {"change"},
     "TemperatureChange": {"change"},
 }

@@ -58,7 +58,9 @@ def test_plans_with_no_network_and_fetches_nothing(name: str, tmp_path: Path) ->
     recipe = load_recipe(name)
     assert recipe.teacher is not None
     corpora = [step.config for step in recipe.entries if step.stage.name == "corpus"]
-    sources = [recipe.teacher.source, *(asset.source for config in corpora for asset in config.sources)]  # type: ignore[attr-defined]
+    members = [member for step in recipe.entries for member in getattr(step.config, "ensemble", ())]
+    assets = [recipe.teacher, *members, *(asset for config in corpora for asset in config.sources)]  # type: ignore[attr-defined]
+    sources = [asset.source for asset in assets]
     assert [line.removeprefix("would fetch: ") for line in done.stdout.splitlines() if "would fetch" in line] == sources
     assert not trace.exists(), trace.read_text()
     assert not [file for file in cache.rglob("*") if file.is_file()]

@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "weight_schedule": {"kd_weight_schedule": {"to": 0.1, "shape": "cosine", "after": 0.2}},
     "temperature_schedule": {"temperature": 4.0, "temperature_schedule": {"to": 1.0, "shape": "linear"}},
     "curriculum": {"curriculum": {"buckets": 4, "pacing": "root", "until": 0.7}},
+    "token_weights": {"token_weights": {"by": "gap", "of": "kd"}},
     "curriculum_by_gap": {"curriculum": {"difficulty": "loss_gap", "buckets": 4}},
 }
 

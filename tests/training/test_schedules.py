@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_toys import LENGTH, train_toy
 
@@ -27,6 +27,7 @@ CHANGES = st.builds(
 )
 
 
+@settings(max_examples=60, deadline=None)
 @given(CHANGES, st.floats(0, 10), st.integers(2, 50))
 def test_a_schedule_stays_between_its_ends_and_never_turns_back(change: Change, start: float, steps: int) -> None:
     values = [value_at(start, change, step, steps) for step in range(steps)]
@@ -34,6 +35,7 @@ def test_a_schedule_stays_between_its_ends_and_never_turns_back(change: Change, 
     assert values in (sorted(values), sorted(values, reverse=True))
 
 
+@settings(max_examples=60, deadline=None)
 @given(CHANGES, st.floats(0, 10), st.integers(2, 50))
 def test_before_its_span_nothing_has_changed_and_after_it_everything(change: Change, start: float, steps: int) -> None:
     for step in range(steps):
