@@ -1,18 +1,23 @@
-"""The distillation loss in figures: time against the best cross-entropy, peak memory against autograd, exactness.
+"""The distillation loss in figures: time against the best cross-entropy, peak memory, exactness, and two rivals.
 
-    python benchmarks/loss.py [--json] [--vocab 49152] [--tokens 2048] [--k 32] [--rounds 4]
+    python benchmarks/loss.py [--json] [--vocabs 49152 65536 151936] [--tokens 2048] [--k 32] [--rounds 2]
 
-- time: head, loss and all gradients of one batch, for KD (0.9 KD + 0.1 CE, as recipes train) and for each way to do
-  cross-entropy alone; all in turns within a round, so that they meet the same machine; and the same two inside a whole
-  forward and backward of a student of recipes/lfm_small's shape (random weights). The rival is the fastest
-  cross-entropy whose peak memory does not grow with tokens × vocabulary. Beside seconds of the clock, seconds of all
-  cores together, which other work on the machine disturbs less;
-- memory: VmHWM of a fresh process after one step, less its VmRSS before;
-- gradient error: against float64 autograd, relative to the gradient's norm.
+One object by vocabulary, the student's size being recipes/lfm_small's (random weights, bfloat16 products):
 
-The result is also written to benchmarks/results/loss.json. Under three minutes on two free cores.
+- `kd_over_ce_time`: seconds of a whole training step, forward and backward, with the KD mix (0.9 KD + 0.1 CE) over those
+  of the same step with cross-entropy alone, computed by the way that is fastest here: the product's, torch's by chunks
+  with gradients in the forward pass, torch's `linear_cross_entropy`, torch's on all logits at once;
+- `fused_over_naive_peak`: peak memory beyond the inputs over that of the same loss with autograd on all logits, each in
+  a process of its own (VmHWM after one step less VmRSS before); `measured` has two and four times the tokens too;
+- `grad_error`: float32 gradients against float64 autograd's, the largest difference over the largest entry;
+- `rivals`: time and peak of the fused loss over those of Liger's chunked JSD and of the one in TRL's
+  DistillationTrainer, over the whole vocabulary from a live teacher's hidden states (its forward is not counted).
+  `pip install lmdistill[bench]`; without triton: `pip install --no-deps liger-kernel`.
 
-Axes: N tokens, C tokens of a chunk, D hidden width, V vocabulary, K cached entries.
+`measured` says on what, when and how, with every round's ratio, and what each loss of the family costs. Ways come in
+turns within a round. Also written to benchmarks/results/loss.json. About ten minutes on two free cores.
+
+Axes: R rows, T positions, D hidden width.
 """
 
 from __future__ import annotations
@@ -20,210 +25,39 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from head.case import Case, Shape, Way, case_of
+from head.memory import in_child, peaks_of
+from head.rivals import RIVALS, rival
+from head.timing import Work, fastest, in_turns, medians, ratio
+from head.ways import fused, kd_whole, plain_ce
 from machine import hardware
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from lmdistill.losses import registry
-from lmdistill.losses.fused_head import Mix, fused_head_loss
-from lmdistill.losses.registry import LossOptions, Targets
+from lmdistill.losses.registry import Targets
 
 RESULT = Path(__file__).parent / "results" / "loss.json"
-KD_WEIGHT, CE_WEIGHT = 0.9, 0.1
 ROW_TOKENS = 256
 CHECKED_TOKENS = 32  # of the comparison with float64
-
-LossFunction = Callable[[torch.Tensor, torch.Tensor, Targets], torch.Tensor]  # hidden_ND, head_VD → mean loss
-
-
-def targets_of(tokens: int, vocab: int, k: int) -> Targets:
-    """A made-up teacher: K distinct ids a token, a falling distribution with a tail, next tokens often among the K."""
-    generator = torch.Generator().manual_seed(1)
-    first_N1 = torch.randint(vocab, (tokens, 1), generator=generator)
-    ids_NK = (first_N1 + torch.arange(k) * (vocab // k)) % vocab
-    spread_NK1 = torch.randn(tokens, k + 1, generator=generator).mul(2).sort(-1, descending=True).values
-    logp_NK1 = spread_NK1.log_softmax(-1)
-    inside_N = ids_NK.gather(1, torch.randint(k, (tokens, 1), generator=generator))[:, 0]
-    anywhere_N = torch.randint(vocab, (tokens,), generator=generator)
-    next_N = torch.where(torch.rand(tokens, generator=generator) < 0.8, inside_N, anywhere_N)
-    return Targets(next_N, ids_NK, logp_NK1[:, :-1].contiguous(), logp_NK1[:, -1].contiguous())
+LOSS = "decoupled_topk"
+ABSENT = {"cut_cross_entropy": "its kernels are for Triton on a GPU"}
 
 
-def inputs_of(tokens: int, width: int, vocab: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states as a final norm leaves them, in `dtype`, and a head in float32: logits with a deviation of 2."""
-    generator = torch.Generator().manual_seed(2)
-    hidden_ND = torch.randn(tokens, width, generator=generator).to(dtype)
-    head_VD = torch.randn(vocab, width, generator=generator) * (2 / width**0.5)
-    return hidden_ND.requires_grad_(), head_VD.requires_grad_()
+def time_head(shape: Shape, rounds: int) -> tuple[str, dict[str, Any]]:
+    """Head and loss alone, KD and every plain cross-entropy: the fastest of these, and the seconds."""
+    case = case_of(shape, torch.bfloat16)
+    ways = {"kd": fused(LOSS, shape.chunk), **plain_ce(shape.chunk)}
+    spent = in_turns({name: (lambda way=way: way(case)) for name, way in ways.items()}, case.leaves, rounds, warm=True)
+    kd = spent.pop("kd")
+    best = fastest(spent)
+    return best, {"kd_over_ce": ratio(kd, spent[best]), "best_ce": best, "seconds": medians({"kd": kd, **spent})}
 
 
-def fused(name: str, chunk: int) -> LossFunction:
-    """The product's loss: the fused head with the KD mix, or with cross-entropy alone."""
-    weights = (0.0, 1.0) if name == "ce" else (KD_WEIGHT, CE_WEIGHT)
-    mix = Mix(registry.get(name), LossOptions(), *weights)
-    return lambda hidden_ND, head_VD, targets: (
-        fused_head_loss(hidden_ND, head_VD, targets, mix, chunk).total / hidden_ND.shape[0]
-    )
-
-
-def _ce_sum(hidden_CD: torch.Tensor, head_VD: torch.Tensor, next_C: torch.Tensor) -> torch.Tensor:
-    logits_CV = (hidden_CD @ head_VD.to(hidden_CD.dtype).T).float()
-    return functional.cross_entropy(logits_CV, next_C, reduction="sum")
-
-
-def ce_recomputed(chunk: int) -> LossFunction:
-    """Chunks of torch's cross-entropy whose logits are computed again in the backward pass."""
-
-    def loss(hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets: Targets) -> torch.Tensor:
-        weight_VD = head_VD.to(hidden_ND.dtype)
-        parts = zip(hidden_ND.split(chunk), targets.next_N.split(chunk), strict=True)
-        sums = [checkpoint(_ce_sum, hidden, weight_VD, following, use_reentrant=False) for hidden, following in parts]
-        return torch.stack(sums).sum() / hidden_ND.shape[0]
-
-    return loss
-
-
-class _CeByChunk(torch.autograd.Function):
-    """Chunks of torch's cross-entropy, each with its own backward pass as soon as it is computed."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_ND: torch.Tensor, head_VD: torch.Tensor, next_N: torch.Tensor, chunk: int) -> Any:
-        weight_VD = head_VD.detach().to(hidden_ND.dtype)
-        grad_hidden_ND, grad_head_VD = torch.empty_like(hidden_ND), torch.zeros_like(head_VD)
-        total = torch.zeros(())
-        for start in range(0, hidden_ND.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            with torch.enable_grad():
-                logits_CV = (hidden_ND[rows] @ weight_VD.T).detach().requires_grad_()
-                loss = functional.cross_entropy(logits_CV.float(), next_N[rows], reduction="sum")
-                (grad_CV,) = torch.autograd.grad(loss, logits_CV)
-            total += loss.detach()
-            grad_hidden_ND[rows] = grad_CV @ weight_VD
-            grad_head_VD += grad_CV.T @ hidden_ND[rows]
-        ctx.save_for_backward(grad_hidden_ND, grad_head_VD)
-        return total / hidden_ND.shape[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        hidden_ND, head_VD = ctx.saved_tensors
-        scale = grads[0] / hidden_ND.shape[0]
-        return hidden_ND * scale.to(hidden_ND.dtype), head_VD * scale, None, None
-
-
-def ce_by_chunk(chunk: int) -> LossFunction:
-    """Gradients in the forward pass, torch's cross-entropy inside."""
-    return lambda hidden_ND, head_VD, targets: _CeByChunk.apply(hidden_ND, head_VD, targets.next_N, chunk)
-
-
-def ce_whole(hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Torch's cross-entropy on all logits at once."""
-    return _ce_sum(hidden_ND, head_VD, targets.next_N) / hidden_ND.shape[0]
-
-
-def kd_whole(hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """The same mix as the product's from its definition, on all logits at once, with autograd."""
-    logits_NV = hidden_ND @ head_VD.to(hidden_ND.dtype).T
-    logq_NV = (logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()).log_softmax(-1)
-    logq_NK = logq_NV.gather(1, targets.ids_NK)
-    rest_N = logq_NV.scatter(1, targets.ids_NK, -torch.inf).logsumexp(-1)
-    inside_N = (targets.logp_NK.exp() * (targets.logp_NK - logq_NK)).sum(-1)
-    kd_N = inside_N + targets.tail_N.exp() * (targets.tail_N - rest_N)
-    ce_N = -logq_NV.gather(1, targets.next_N[:, None])[:, 0]
-    return (KD_WEIGHT * kd_N + CE_WEIGHT * ce_N).mean()
-
-
-def losses(chunk: int) -> dict[str, LossFunction]:
-    """Every way that is timed; those with bounded memory are `kd` and the candidates for rival."""
-    return {
-        "kd": fused("decoupled_topk", chunk),
-        "ce_fused": fused("ce", chunk),
-        "ce_by_chunk": ce_by_chunk(chunk),
-        "ce_recomputed": ce_recomputed(chunk),
-        "ce_whole": ce_whole,
-    }
-
-
-BOUNDED = ("ce_fused", "ce_by_chunk", "ce_recomputed")
-
-
-@dataclass
-class Spent:
-    """Seconds of one way, round by round: of the clock, and of all cores together."""
-
-    clock: list[float] = field(default_factory=list)
-    cores: list[float] = field(default_factory=list)
-
-    def take(self, work: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> None:
-        """Time one forward and backward; gradients start from nothing, as after `zero_grad`."""
-        for leaf in leaves:
-            leaf.grad = None
-        clock, cores = time.perf_counter(), time.process_time()
-        work().backward()
-        self.clock.append(time.perf_counter() - clock)
-        self.cores.append(time.process_time() - cores)
-
-
-def in_turns(ways: dict[str, Callable[[], torch.Tensor]], leaves: list[torch.Tensor], rounds: int) -> dict[str, Spent]:
-    """What each way spent, after one round that warms up."""
-    spent = {name: Spent() for name in ways}
-    for work in ways.values():
-        Spent().take(work, leaves)
-    for _ in range(rounds):
-        for name, work in ways.items():
-            spent[name].take(work, leaves)
-    return spent
-
-
-def summary(values: list[float], digits: int = 4) -> dict[str, float]:
-    """Median and quartiles."""
-    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": round(median, digits), "q1": round(first, digits), "q3": round(third, digits)}
-
-
-def ratios(own: list[float], other: list[float]) -> dict[str, float]:
-    """Summary of `own` over `other`, round by round."""
-    return summary([mine / its for mine, its in zip(own, other, strict=True)], 3)
-
-
-def against_rival(spent: dict[str, Spent]) -> dict[str, Any]:
-    """KD's time over that of the fastest cross-entropy and of our own; all seconds."""
-    kd, own = spent["kd"], spent["ce_fused"]
-    rival = min((name for name in BOUNDED if name in spent), key=lambda name: statistics.median(spent[name].clock))
-    return {
-        "kd_over_ce": ratios(kd.clock, spent[rival].clock),
-        "kd_over_ce_cores": ratios(kd.cores, spent[rival].cores),
-        "rival": rival,
-        "kd_over_ce_fused": ratios(kd.clock, own.clock),
-        "kd_over_ce_fused_cores": ratios(kd.cores, own.cores),
-        "seconds": {name: summary(one.clock) for name, one in spent.items()},
-        "core_seconds": {name: summary(one.cores) for name, one in spent.items()},
-    }
-
-
-def time_losses(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
-    """Head and loss alone."""
-    targets = targets_of(args.tokens, args.vocab, args.k)
-    hidden_ND, head_VD = inputs_of(args.tokens, args.width, args.vocab, dtype)
-    ways: dict[str, Callable[[], torch.Tensor]] = {
-        name: (lambda way=way: way(hidden_ND, head_VD, targets))
-        for name, way in losses(args.chunk).items()
-        if dtype == torch.bfloat16 or name not in ("ce_recomputed", "ce_whole")
-    }
-    rounds = args.rounds if dtype == torch.bfloat16 else max(2, args.rounds // 2)
-    return against_rival(in_turns(ways, [hidden_ND, head_VD], rounds))
-
-
-def student_of(args: argparse.Namespace) -> Any:
+def student_of(args: argparse.Namespace, vocab: int) -> Any:
     """A random student of the teacher's widths in recipes/lfm_small's shape."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -232,7 +66,7 @@ def student_of(args: argparse.Namespace) -> Any:
 
     heads = args.width // 64
     teacher = LlamaConfig(
-        vocab_size=args.vocab,
+        vocab_size=vocab,
         hidden_size=args.width,
         intermediate_size=args.width * 8 // 3,
         num_attention_heads=heads,
@@ -243,109 +77,149 @@ def student_of(args: argparse.Namespace) -> Any:
     return AutoModelForCausalLM.from_config(random_config(config, teacher)).train()
 
 
-def time_steps(args: argparse.Namespace, rival: str) -> dict[str, Any]:
-    """The losses inside a whole forward and backward of the student, bfloat16 products, float32 weights."""
-    model = student_of(args)
-    targets = targets_of(args.tokens, args.vocab, args.k)
-    rows = max(1, args.tokens // ROW_TOKENS)
-    tokens_RT = torch.randint(args.vocab, (rows, args.tokens // rows), generator=torch.Generator().manual_seed(3))
+def time_steps(args: argparse.Namespace, shape: Shape, best_ce: str) -> dict[str, Any]:
+    """KD and the best cross-entropy inside a whole forward and backward, bfloat16 products, float32 weights."""
+    model, targets = student_of(args, shape.vocab), case_of(shape, torch.bfloat16).targets
+    rows = max(1, shape.tokens // ROW_TOKENS)
+    tokens_RT = torch.randint(shape.vocab, (rows, shape.tokens // rows), generator=torch.Generator().manual_seed(3))
 
-    def step(way: LossFunction) -> torch.Tensor:
+    def step(way: Way) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             hidden_RTD = model.model(input_ids=tokens_RT, use_cache=False).last_hidden_state
-        return way(hidden_RTD.flatten(0, 1).bfloat16(), model.lm_head.weight, targets)
+        return way(Case(hidden_RTD.flatten(0, 1).bfloat16(), model.lm_head.weight, targets))
 
-    chosen = {name: way for name, way in losses(args.chunk).items() if name in ("kd", "ce_fused", rival)}
-    ways: dict[str, Callable[[], torch.Tensor]] = {name: (lambda way=way: step(way)) for name, way in chosen.items()}
-    spent = in_turns(ways, list(model.parameters()), args.step_rounds)
+    ways = {"kd": fused(LOSS, shape.chunk), "ce": plain_ce(shape.chunk)[best_ce]}
+    works: dict[str, Work] = {name: (lambda way=way: step(way)) for name, way in ways.items()}
+    spent = in_turns(works, list(model.parameters()), args.step_rounds, warm=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {**against_rival(spent), "parameters": parameters, "layers": list(model.config.layer_types)}
+    return {"kd_over_ce": ratio(spent["kd"], spent["ce"]), "seconds": medians(spent), "parameters": parameters}
 
 
-def status_bytes(field: str) -> int:
-    """A field of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"this system does not tell {field}: peak memory can only be measured on Linux")
+def time_rivals(shape: Shape, rounds: int) -> dict[str, Any]:
+    """Ours over each rival in time, or why there is no figure."""
+    case, small = (case_of(one, torch.bfloat16, live=True) for one in (shape, Shape(8, 64, shape.width, 8, 8)))
+    ways = {"ours": fused(LOSS, shape.chunk)}
+    absent = {}
+    for name in RIVALS:
+        found = rival(name)
+        if isinstance(found, str):
+            absent[name] = found
+        else:
+            ways[name] = found
+    for way in ways.values():
+        way(small).backward()
+    spent = in_turns({name: (lambda way=way: way(case)) for name, way in ways.items()}, case.leaves, rounds, warm=False)
+    ratios = {name: ratio(spent["ours"], seconds) for name, seconds in spent.items() if name != "ours"}
+    return {"ratios": ratios, "absent": absent, "seconds": medians(spent), "tokens": shape.tokens}
 
 
-def peak_of(way: str, args: argparse.Namespace) -> int:
-    """Bytes that one step of `way` adds to this process at its peak, gradients included."""
-    step = {**losses(args.chunk), "kd_whole": kd_whole}[way]
-    small = inputs_of(8, args.width, 8 * args.k, torch.bfloat16)
-    step(*small, targets_of(8, 8 * args.k, args.k)).backward()  # loads the libraries
-    hidden_ND, head_VD = inputs_of(args.tokens, args.width, args.vocab, torch.bfloat16)
-    targets = targets_of(args.tokens, args.vocab, args.k)
-    before = status_bytes("VmRSS")
-    step(hidden_ND, head_VD, targets).backward()
-    return status_bytes("VmHWM") - before
+def peak_memory(args: argparse.Namespace, shape: Shape, rivals: list[str]) -> dict[str, list[int]]:
+    """Peak bytes of each way at the tokens asked for; of the fused loss at twice and four times as many too."""
+    arguments = [f"--{key}={getattr(args, key)}" for key in ("width", "k", "chunk", "tokens")]
+    arguments += ["--vocabs", str(shape.vocab)]
+    sizes = [shape.tokens, 2 * shape.tokens, 4 * shape.tokens]
+    peaks = {"kd": in_child(__file__, "kd", sizes, arguments)}
+    for way in ("ce", "kd_whole", *rivals):
+        peaks[way] = in_child(__file__, way, sizes[:1], arguments)
+    return peaks
 
 
-def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Each way in a fresh process."""
-    shape = [f"--{key}={getattr(args, key)}" for key in ("vocab", "tokens", "k", "width", "chunk")]
-    peaks = {}
-    for way in ("kd", "ce_fused", "kd_whole"):
-        command = [sys.executable, __file__, "--peak-of", way, *shape]
-        peaks[way] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return {
-        "bytes": peaks,
-        "naive_over_fused": round(peaks["kd_whole"] / peaks["kd"], 2),
-        "head_gradient_bytes": 4 * args.vocab * args.width,  # in every one of them: the result itself
+def _peak_of(name: str, shape: Shape, sizes: list[int]) -> list[int]:
+    own = {"kd": fused(LOSS, shape.chunk), "ce": fused("ce", shape.chunk), "kd_whole": kd_whole}
+    way = own.get(name) or rival(name)
+    assert not isinstance(way, str), way
+    return peaks_of(way, shape, sizes, live=name not in own)
+
+
+def gradient_error(shape: Shape, dtype: torch.dtype) -> float:
+    """Largest difference from float64 autograd's gradients, over their largest entry; hidden states and head."""
+    case = case_of(shape.of(CHECKED_TOKENS), dtype)
+    fused(LOSS, shape.chunk)(case).backward()
+    next_N, ids_NK, logp_NK, tail_N = (getattr(case.targets, one) for one in ("next_N", "ids_NK", "logp_NK", "tail_N"))
+    exact = Case(
+        case.hidden_ND.detach().double().requires_grad_(),
+        case.head_VD.detach().to(dtype).double().requires_grad_(),
+        Targets(next_N, ids_NK, logp_NK.double(), tail_N.double()),
+    )
+    kd_whole(exact).backward()
+    errors = []
+    for own, wanted in zip(case.leaves, exact.leaves, strict=True):
+        assert own.grad is not None and wanted.grad is not None
+        errors.append(((own.grad.double() - wanted.grad).abs().max() / wanted.grad.abs().max()).item())
+    return float(f"{max(errors):.2e}")
+
+
+def family_cost(shape: Shape, rounds: int) -> dict[str, float]:
+    """Seconds of each loss of the family, head and all, over those of decoupled_topk."""
+    case = case_of(shape, torch.bfloat16, live=True)
+    ways = {name: fused(name, shape.chunk) for name in registry.catalogue()}
+    works: dict[str, Work] = {name: (lambda way=way: way(case)) for name, way in ways.items()}
+    spent = in_turns(works, case.leaves, rounds, warm=True)
+    return {name: ratio(seconds, spent[LOSS])["median"] for name, seconds in spent.items()}
+
+
+def measure_one(args: argparse.Namespace, shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures of one vocabulary, and what lies behind them."""
+    best_ce, alone = time_head(shape, args.rounds)
+    against = time_rivals(shape.of(max(1, shape.tokens // 2)), args.rounds)
+    peaks = peak_memory(args, shape, list(against["ratios"]))
+    step = time_steps(args, shape, best_ce)
+    rivals: dict[str, Any] = {
+        name: {"time_ratio": found["median"], "peak_ratio": round(peaks["kd"][0] / peaks[name][0], 4)}
+        for name, found in against["ratios"].items()
     }
-
-
-def gradient_error(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
-    """‖gradient − float64 autograd's‖ / ‖float64 autograd's‖ for hidden states and head, and the loss' error."""
-    targets = targets_of(CHECKED_TOKENS, args.vocab, args.k)
-    exact = Targets(targets.next_N, targets.ids_NK, targets.logp_NK.double(), targets.tail_N.double())
-    hidden_ND, head_VD = inputs_of(CHECKED_TOKENS, args.width, args.vocab, dtype)
-    loss = fused("decoupled_topk", args.chunk)(hidden_ND, head_VD, targets)
-    loss.backward()
-    hidden64_ND = hidden_ND.detach().double().requires_grad_()
-    head64_VD = head_VD.detach().to(dtype).double().requires_grad_()
-    loss64 = kd_whole(hidden64_ND, head64_VD, exact)
-    loss64.backward()
-    found = {"loss": abs(loss.item() - loss64.item()) / loss64.item()}
-    for name, own, wanted in (("hidden", hidden_ND, hidden64_ND), ("head", head_VD, head64_VD)):
-        found[name] = ((own.grad.double() - wanted.grad).norm() / wanted.grad.norm()).item()
-    return {name: float(f"{value:.2e}") for name, value in found.items()}
+    rivals |= {name: {"time_ratio": None, "peak_ratio": None, "why": why} for name, why in against["absent"].items()}
+    figures = {
+        "kd_over_ce_time": step["kd_over_ce"]["median"],
+        "fused_over_naive_peak": round(peaks["kd"][0] / peaks["kd_whole"][0], 4),
+        "grad_error": gradient_error(shape, torch.float32),
+        "rivals": rivals,
+    }
+    behind = {"step": step, "head_alone": alone, "rivals": against, "peak_bytes": peaks}
+    return figures, {**behind, "grad_error_bfloat16": gradient_error(shape, torch.bfloat16)}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything, as one object."""
-    load = hardware()
-    memory = measure_memory(args)
-    alone = {name: time_losses(args, getattr(torch, name)) for name in ("bfloat16", "float32")}
-    kept = ("vocab", "width", "tokens", "k", "chunk", "rounds", "step_rounds", "layers", "attention_layers")
-    return {
-        "loss": alone,
-        "step": {"bfloat16": time_steps(args, alone["bfloat16"]["rival"])},
-        "memory": memory,
-        "gradient_error": {name: gradient_error(args, getattr(torch, name)) for name in ("bfloat16", "float32")},
-        "setting": {key: getattr(args, key) for key in kept},
-        "hardware": load,
+    kept = ("tokens", "k", "chunk", "rounds", "step_rounds", "layers", "attention_layers")
+    measured: dict[str, Any] = {
+        "hardware": hardware(),
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python benchmarks/loss.py", *sys.argv[1:]]),
+        "hidden_width": args.width,
+        **{key: getattr(args, key) for key in kept},
+        "absent": ABSENT,
+        "by_vocabulary": {},
     }
+    figures: dict[str, Any] = {}
+    for vocab in args.vocabs:
+        found = measure_one(args, _shape(args, vocab))
+        figures[str(vocab)], measured["by_vocabulary"][str(vocab)] = found
+    first = _shape(args, args.vocabs[0])
+    measured["family_over_decoupled_topk"] = family_cost(first.of(max(1, args.tokens // 4)), args.rounds)
+    return {**figures, "measured": measured}
+
+
+def _shape(args: argparse.Namespace, vocab: int) -> Shape:
+    return Shape(args.tokens, vocab, args.width, args.k, args.chunk)
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--vocab", type=int, default=49_152, help="V")
+    parser.add_argument("--vocabs", type=int, nargs="+", default=[49_152, 65_536, 151_936], help="V")
     parser.add_argument("--width", type=int, default=576, help="D, a multiple of 64")
-    parser.add_argument("--tokens", type=int, default=2_048, help="N, a multiple of 256 or less than that")
+    parser.add_argument("--tokens", type=int, default=2_048, help="N, a multiple of 256; half of it with rivals")
     parser.add_argument("--k", type=int, default=32, help="K")
     parser.add_argument("--chunk", type=int, default=512, help="C, the distill stage's default")
-    parser.add_argument("--rounds", type=int, default=4, help="of the losses in bfloat16; half as many in float32")
+    parser.add_argument("--rounds", type=int, default=2, help="of heads and losses alone")
     parser.add_argument("--step-rounds", type=int, default=3, help="of the whole steps")
-    parser.add_argument("--layers", type=int, default=21, help="of the student")
-    parser.add_argument("--attention-layers", type=int, default=9, help="of the student")
+    parser.add_argument("--layers", type=int, default=19, help="of the student")
+    parser.add_argument("--attention-layers", type=int, default=12, help="of the student")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the result is kept")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", type=int, nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -353,7 +227,7 @@ def main() -> None:
     """Measure, keep the result, print it."""
     args = parse()
     if args.peak_of:
-        print(peak_of(args.peak_of, args))
+        print(json.dumps(_peak_of(args.peak_of, _shape(args, args.vocabs[0]), args.sizes)))
         return
     result = measure(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
