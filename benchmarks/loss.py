@@ -4,11 +4,11 @@
 
 One object by vocabulary, the student's size being recipes/lfm_small's (random weights, bfloat16 products):
 
-- `kd_over_ce_time`: seconds of a whole training step, forward and backward, with the KD mix (0.9 KD + 0.1 CE) over those
-  of the same step with cross-entropy alone, computed by the way that is fastest here: the product's, torch's by chunks
-  with gradients in the forward pass, torch's `linear_cross_entropy`, torch's on all logits at once;
+- `kd_over_ce_time`: seconds of a whole training step, forward and backward, with the KD mix (0.9 KD + 0.1 CE) over
+  those of the same step with cross-entropy alone, computed by the way that is fastest here: the product's, torch's by
+  chunks with gradients in the forward pass, torch's `linear_cross_entropy`, torch's on all logits at once;
 - `fused_over_naive_peak`: peak memory beyond the inputs over that of the same loss with autograd on all logits, each in
-  a process of its own (VmHWM after one step less VmRSS before); `measured` has two and four times the tokens too;
+  a process of its own (VmHWM of one step less VmRSS before it); `measured` has two and four times the tokens too;
 - `grad_error`: float32 gradients against float64 autograd's, the largest difference over the largest entry;
 - `rivals`: time and peak of the fused loss over those of Liger's chunked JSD and of the one in TRL's
   DistillationTrainer, over the whole vocabulary from a live teacher's hidden states (its forward is not counted).
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from head.case import Case, Shape, Way, case_of
+from head.case import Case, Shape, Way, case_of, warm_up
 from head.memory import in_child, peaks_of
 from head.rivals import RIVALS, rival
 from head.timing import Work, fastest, in_turns, medians, ratio
@@ -51,7 +51,8 @@ def time_head(shape: Shape, rounds: int) -> tuple[str, dict[str, Any]]:
     """Head and loss alone, KD and every plain cross-entropy: the fastest of these, and the seconds."""
     case = case_of(shape, torch.bfloat16)
     ways = {"kd": fused(LOSS, shape.chunk), **plain_ce(shape.chunk)}
-    spent = in_turns({name: (lambda way=way: way(case)) for name, way in ways.items()}, case.leaves, rounds, warm=True)
+    warm_up(ways.values(), shape, live=False)
+    spent = in_turns({name: (lambda way=way: way(case)) for name, way in ways.items()}, case.leaves, rounds, warm=False)
     kd = spent.pop("kd")
     best = fastest(spent)
     return best, {"kd_over_ce": ratio(kd, spent[best]), "best_ce": best, "seconds": medians({"kd": kd, **spent})}
@@ -97,7 +98,7 @@ def time_steps(args: argparse.Namespace, shape: Shape, best_ce: str) -> dict[str
 
 def time_rivals(shape: Shape, rounds: int) -> dict[str, Any]:
     """Ours over each rival in time, or why there is no figure."""
-    case, small = (case_of(one, torch.bfloat16, live=True) for one in (shape, Shape(8, 64, shape.width, 8, 8)))
+    case = case_of(shape, torch.bfloat16, live=True)
     ways = {"ours": fused(LOSS, shape.chunk)}
     absent = {}
     for name in RIVALS:
@@ -106,8 +107,7 @@ def time_rivals(shape: Shape, rounds: int) -> dict[str, Any]:
             absent[name] = found
         else:
             ways[name] = found
-    for way in ways.values():
-        way(small).backward()
+    warm_up(ways.values(), shape, live=True)
     spent = in_turns({name: (lambda way=way: way(case)) for name, way in ways.items()}, case.leaves, rounds, warm=False)
     ratios = {name: ratio(spent["ours"], seconds) for name, seconds in spent.items() if name != "ours"}
     return {"ratios": ratios, "absent": absent, "seconds": medians(spent), "tokens": shape.tokens}

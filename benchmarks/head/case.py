@@ -5,7 +5,7 @@ Axes: N tokens, D hidden width, V vocabulary, K cached entries, n distinct draws
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,6 +70,13 @@ def _states(shape: Shape, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     hidden_ND = torch.randn(shape.tokens, shape.width, generator=generator)
     return hidden_ND, torch.randn(shape.vocab, shape.width, generator=generator) * (2 / shape.width**0.5)
+
+
+def warm_up(ways: Iterable[Way], shape: Shape, live: bool) -> None:
+    """One step of each way on a handful of tokens: libraries are loaded and threads are there."""
+    case = case_of(Shape(8, 8 * shape.k, shape.width, shape.k, 8), torch.bfloat16, live)
+    for way in ways:
+        way(case).backward()
 
 
 def case_of(shape: Shape, dtype: torch.dtype, live: bool = False) -> Case:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from head.case import Case, Shape, Way, case_of
+from head.case import Shape, Way, case_of, warm_up
 
 
 def _status_bytes(field: str) -> int:
@@ -25,19 +25,17 @@ def _status_bytes(field: str) -> int:
 
 
 def peaks_of(way: Way, shape: Shape, sizes: list[int], live: bool) -> list[int]:
-    """Bytes that one step adds to this process at its peak, gradients included, for each number of tokens, rising.
-
-    The highest mark of a process never falls, so a later size can be given too much and never too little.
-    """
-    way(case_of(Shape(8, 8 * shape.k, shape.width, shape.k, 8), torch.bfloat16, live)).backward()  # loads libraries
+    """Bytes that one step adds to this process at its peak, gradients included, for each number of tokens."""
+    warm_up([way], shape, live)
     peaks = []
     for tokens in sizes:
-        case: Case | None = case_of(shape.of(tokens), torch.bfloat16, live)
+        case = case_of(shape.of(tokens), torch.bfloat16, live)
         gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the highest mark falls to what is held now
         before = _status_bytes("VmRSS")
-        way(case).backward() if case else None
+        way(case).backward()
         peaks.append(_status_bytes("VmHWM") - before)
-        case = None
+        del case
     return peaks
 
 
