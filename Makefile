@@ -40,6 +40,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/sampled.py --json
 	$(BIN)/python benchmarks/robustness.py --json
 	$(BIN)/python benchmarks/loss.py --json
+	$(BIN)/python benchmarks/train.py --json
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("lmdistill needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,18 @@ def test_sampled_gradients_average_to_the_full_one_and_top_k_stays_away(tmp_path
     assert abs(strata["kl"] - printed["full"]["kl"]) < 6 * strata["kl_standard_error"]
     assert printed["top_k"]["topk_renormalised"]["distance"] > strata["mean_of_seeds"]
     assert printed["cache"]["bytes_per_token"] > 0 and printed["cache"]["read_tps"] > 0
+
+
+def test_training_from_a_cache_is_timed_against_gkd_step_by_step(
+    toy_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    kept = tmp_path / "train.json"
+    small = ["--json", "--layers", "2", "--attention-layers", "1", "--rows", "1", "--steps", "2"]
+    places = ["--run", tmp_path / "none", "--teacher", toy_llama(num_hidden_layers=2), "--out", kept]
+    printed: dict[str, Any] = json.loads(_run("train.py", *small, *map(str, places)))
+    assert json.loads(kept.read_text()) == printed
+    student, teacher = (printed["setting"]["parameters"][name] for name in ("student", "teacher"))
+    assert printed["flops_bound"] == pytest.approx(1 + teacher / (3 * student), abs=1e-3)
+    assert printed["ours_tps"] > 0 and printed["trl_gkd_tps"] > 0
+    assert printed["ratio_spread"]["q1"] <= printed["ratio"] <= printed["ratio_spread"]["q3"]
+    assert {"hardware", "date", "command"} <= set(printed)

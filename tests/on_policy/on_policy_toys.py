@@ -44,10 +44,11 @@ def save_tokenizer(folder: Path, prefix: str = "w") -> None:
     tokenizer = Tokenizer(WordLevel({word(i, prefix): i for i in range(VOCAB)}, unk_token=word(0, prefix)))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
-    turn, answer = word(2, prefix), word(3, prefix)
+    asks, answers, ends = (word(i, prefix) for i in (2, 3, EOS))
     template = (
-        f"{{% for m in messages %}}{turn} {{{{ m.content }}}} {{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{answer}{{% endif %}}"
+        f"{{% for m in messages %}}{{% if m.role == 'user' %}}{asks} {{{{ m.content }}}} "
+        f"{{% else %}}{answers} {{{{ m.content }}}} {ends} {{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{answers} {{% endif %}}"
     )
     about = {
         "eos_token": word(EOS, prefix),
