@@ -32,7 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from machine import hardware
-from signals import ROW_TOKENS, TEACHER, build_corpus
+from teacher_cache.text import ROW_TOKENS, TEACHER, build_corpus
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from lmdistill import assets
