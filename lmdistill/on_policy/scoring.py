@@ -16,6 +16,7 @@ import torch
 from lmdistill.losses.fused_head import Mix, Sums, fused_head_loss
 from lmdistill.losses.registry import LiveTeacher, Targets
 from lmdistill.teachers.reduction import reduce_logits
+from lmdistill.training.student_forward import at
 
 if TYPE_CHECKING:
     from lmdistill.training.live_teacher import LiveEngine
@@ -52,13 +53,13 @@ def score(
 ) -> Sums:
     """The loss of `rows` (tokens and labels `[R, T]`), summed over the positions with a label, in nats."""
     tokens_RT, labels_RT = rows
-    counts_RT = labels_RT != -100
-    hidden_ND = student.base_model(input_ids=tokens_RT, use_cache=False).last_hidden_state[counts_RT]
+    counted_N = (labels_RT != -100).flatten().nonzero()[:, 0]
+    hidden_ND = at(student.base_model(input_ids=tokens_RT, use_cache=False).last_hidden_state, counted_N)
     device = hidden_ND.device.type
     if torch.is_autocast_enabled(device):
         hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        live = teacher.speak(tokens_RT, None, counts_RT)
+        live = teacher.speak(tokens_RT, None, counted_N)
         with torch.no_grad():
-            targets = targets_of(live, labels_RT[counts_RT], k, chunk)
+            targets = targets_of(live, at(labels_RT, counted_N), k, chunk)
         return fused_head_loss(hidden_ND, student.get_output_embeddings().weight, targets, mix, chunk)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lmdistill import errors
 from lmdistill.errors import LmdistillError, StageError
+from lmdistill.pipeline.launch_keys import LaunchSection
 from lmdistill.pipeline.stage import Artefact, Estimate, ModelRef, Planned, Runtime, StageConfig
 from lmdistill.stages import load_stage, stage_files
 
@@ -41,7 +42,8 @@ def model_from_json(data: Json | None) -> ModelRef | None:
 
 def runtime_from_json(data: Json) -> Runtime:
     """The runtime section as stages see it."""
-    return Runtime(**data)
+    launch = data.get("launch")
+    return Runtime(**(data | {"launch": LaunchSection.model_validate(launch) if launch else None}))
 
 
 def planned_to_json(planned: Sequence[Planned]) -> list[Json]:

@@ -22,8 +22,10 @@ RESUME = "the same command goes on from where it stopped"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # a stage reads what was fetched before it
 
 
-def call(job: Json, subject: str, python: str, log: Path | None, on_message: OnMessage) -> Any:
+def call(job: Json, subject: str, python: str, log: Path | None, on_message: OnMessage, program: str = "worker") -> Any:
     """Do `job` in a process of its own and return its result; `subject` names it in errors.
+
+    `program` is the module that does it: `worker`, or `launcher` for several processes.
 
     Raises what the job raised; StageError when it crashed or was killed; KeyboardInterrupt after stopping it.
     """
@@ -31,7 +33,7 @@ def call(job: Json, subject: str, python: str, log: Path | None, on_message: OnM
     with _log_file(log) as stderr:
         try:
             process = subprocess.Popen(
-                [python, "-P", "-m", "lmdistill.pipeline.worker"],
+                [python, "-P", "-m", f"lmdistill.pipeline.{program}"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -186,11 +186,13 @@ class Runner:
             "inputs": {role: [artefact_to_json(one) for one in many] for role, many in inputs.items()},
             "teacher": model_to_json(self.teacher),
             "partial": str(self.plan.store.begin(step.name, step.key).absolute()),
-            "runtime": runtime_job(self.plan),
+            "runtime": runtime_job(self.plan) | ({} if step.entry.stage.launches else {"launch": None}),
         }
         log = self.root / "logs" / f"{step.number:02d}-{step.name}.log"
         try:
-            return call(job, f"stage '{step.name}'", step.python, log, self._pass_on(step.name))
+            several = self.plan.recipe.runtime.launch is not None and step.entry.stage.launches
+            program = "launcher" if several else "worker"
+            return call(job, f"stage '{step.name}'", step.python, log, self._pass_on(step.name), program)
         except Exception as error:
             what = getattr(error, "what", str(error))
             self.events.emit("stage_failed", stage=step.name, error=what, log=str(log))

@@ -7,6 +7,7 @@ the work lives in the folder of its noun. Stage files import nothing heavy at mo
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from lmdistill.errors import LmdistillError
+from lmdistill.pipeline.launch_keys import LaunchSection
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,33 @@ class Runtime:
     workers: int | None = None  # processes for tokenising; None: all cores
     ray: str | None = None  # None: the teacher runs in the stage's process; auto or an address: on a Ray cluster
     ray_workers: int | None = None  # teacher engines at once there; None: as many as it holds
+    launch: LaunchSection | None = None  # None: one process; else several, for stages that can
+
+    @property
+    def rank(self) -> int:
+        """The number of this process among those that run the stage together, from 0."""
+        return int(os.environ.get("RANK", "0")) if self.launch else 0
+
+    @property
+    def processes(self) -> int:
+        """How many processes run the stage together."""
+        return self.launch.num_processes if self.launch else 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes artefacts and tells progress."""
+        return self.rank == 0
 
     def resolve_device(self) -> str:
-        """`cuda` where a GPU is, else `cpu`, unless the recipe says which."""
+        """`cuda` where a GPU is, else `cpu`, unless the recipe says which; each of several processes has its own."""
         if self.device != "auto":
-            return self.device
-        import torch
+            device = self.device
+        else:
+            import torch
 
-        return "cuda" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        local = os.environ.get("LOCAL_RANK")
+        return f"cuda:{local}" if self.launch and local and device == "cuda" else device
 
 
 @dataclass
@@ -210,6 +231,7 @@ class Stage(Generic[ConfigT]):
     inputs: ClassVar[tuple[Input, ...]] = ()
     output: ClassVar[str]
     tools: ClassVar[tuple[str, ...]] = ()  # distributions whose version changes the bytes
+    launches: ClassVar[bool] = False  # `run` can be that of several processes: only the first writes into `ctx.out`
     uses_names: ClassVar[bool] = False  # `ctx.name` or the inputs' names change the bytes; always so for `many` inputs
 
     def uses_teacher(self, config: ConfigT) -> bool:

@@ -80,6 +80,9 @@ def run(job: jobs.Json, channel: Channel) -> Any:
         progress=channel,
         runtime=jobs.runtime_from_json(job["runtime"]),
     )
+    if not ctx.runtime.first:  # of several processes the first holds the lock, and speaks for all
+        stage.run(ctx)
+        return None
     try:
         with FileLock(partial / LOCK, timeout=10):
             metrics = stage.run(ctx)
@@ -152,23 +155,26 @@ def log_traceback() -> None:
         traceback.print_exc()
 
 
+def perform(job: jobs.Json, channel: Channel) -> tuple[jobs.Json, int]:
+    """Do one job: the message that says what came of it, and the exit status."""
+    try:
+        return {"type": "result", "result": TASKS[job["task"]](job, channel)}, 0
+    except LmdistillError as error:
+        log_traceback()
+        return {"type": "error", "error": jobs.error_to_json(error)}, 3
+    except BaseException as error:  # a stage may raise anything: it is reported, and the log has the traceback
+        log_traceback()
+        return {"type": "crash", "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}, 4
+
+
 def main() -> int:
     """Do one job; 0 when its result was sent."""
     channel = Channel()
     job = json.load(sys.stdin)
     die_with_parent(job["parent"])
-    try:
-        result = TASKS[job["task"]](job, channel)
-    except LmdistillError as error:
-        channel.send("error", error=jobs.error_to_json(error))
-        log_traceback()
-        return 3
-    except BaseException as error:  # a stage may raise anything: it is reported, and the log has the traceback
-        channel.send("crash", error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-        log_traceback()
-        return 4
-    channel.send("result", result=result)
-    return 0
+    message, status = perform(job, channel)
+    channel.send(message.pop("type"), **message)
+    return status
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from lmdistill.asset_spec import AssetSpec
+from lmdistill.pipeline.launch_keys import LaunchSection
 from lmdistill.pipeline.stage import Runtime, Stage, StageConfig
 
 TEACHER = "teacher"  # the reserved name of the recipe's teacher in `from:`
@@ -39,9 +40,13 @@ class RuntimeSection(BaseModel):
         default_factory=dict, description="stage name: path of the interpreter that runs it (it must have lmdistill)"
     )
 
+    launch: LaunchSection | None = Field(
+        default=None, description="train with several processes of this machine; null: with one"
+    )
+
     def for_stages(self) -> Runtime:
         """What a stage is told of it."""
-        return Runtime(self.device, self.threads, self.workers, self.ray, self.ray_workers)
+        return Runtime(self.device, self.threads, self.workers, self.ray, self.ray_workers, self.launch)
 
 
 class Header(BaseModel):

@@ -26,6 +26,7 @@ class DistillStage(Stage[DistillConfig]):
     Config = DistillConfig
     inputs = (Input("signals", ("signals",)), Input("student", ("model", "student")))
     output = "model"
+    launches = True
     tools = ("torch", "transformers", "accelerate")
 
     def inputs_for(self, config: DistillConfig) -> tuple[Input, ...]:
@@ -40,12 +41,19 @@ class DistillStage(Stage[DistillConfig]):
         """Where it runs beside the student; else only the cache speaks for it."""
         return config.runs_teacher
 
+    def tools_used(self, config: DistillConfig) -> tuple[str, ...]:
+        """PEFT and bitsandbytes where the configuration asks for them."""
+        from lmdistill.training.extra_checks import extra_packages
+
+        return (*self.tools, *extra_packages(config))
+
     def choices(self) -> dict[str, dict[str, str]]:
         """The losses, with the keys that each of them reads, and what else goes by name."""
         from lmdistill.curriculum.difficulty import measures
         from lmdistill.curriculum.pacing import pacings
         from lmdistill.intermediate import registry as intermediate
         from lmdistill.losses import registry as losses
+        from lmdistill.training.optimizers import kinds
         from lmdistill.training.schedules import shapes
         from lmdistill.training.token_weights import weightings
 
@@ -59,15 +67,19 @@ class DistillStage(Stage[DistillConfig]):
             "curriculum.difficulty": {name: measure.summary for name, measure in measures().items()},
             "curriculum.pacing": pacings(),
             "token_weights.by": {name: described(entry) for name, entry in weightings().items()},
+            "optimizer": {name: kind.summary for name, kind in kinds().items()},
         }
 
     def preflight(self, ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
         """The loss and its keys. (That student and cache share their tokens is the student stage's to check.)"""
         from lmdistill.intermediate.checks import check_intermediate
+        from lmdistill.training.extra_checks import check_extras
+        from lmdistill.training.launch_checks import check_launch
         from lmdistill.training.loss_checks import check_live_teacher, check_loss
         from lmdistill.training.phase_checks import check_phases
 
         problems = check_loss(ctx) + check_live_teacher(ctx) + check_phases(ctx) + check_intermediate(ctx)
+        problems += check_extras(ctx) + check_launch(ctx)
         header = Path(sysconfig.get_path("include")) / "Python.h"
         if ctx.config.compile and not (shutil.which(os.environ.get("CXX", "g++")) and header.exists()):
             problems.append(
@@ -112,10 +124,11 @@ class DistillStage(Stage[DistillConfig]):
         from lmdistill.assets import cache_dir
         from lmdistill.signals.reader import SignalsReader
         from lmdistill.training.corpus_rows import CorpusRows
+        from lmdistill.training.ranks import Ranks
         from lmdistill.training.run import Place, train
 
         if ctx.runtime.threads:
-            torch.set_num_threads(ctx.runtime.threads)
+            torch.set_num_threads(max(1, ctx.runtime.threads // ctx.runtime.processes))
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
         source = ctx.one("signals")
         reader = (CorpusRows if source.kind == "corpus" else SignalsReader)(source.out, SPLIT)
@@ -130,8 +143,11 @@ class DistillStage(Stage[DistillConfig]):
             ctx.teacher,
             tuple(judge.out for judge in ctx.inputs.get("judges", ())),
             next((corpus.out for corpus in ctx.inputs.get("corpus", ())), None),
+            Ranks.of(ctx.runtime),
         )
         record = train(reader, ctx.config, place, ctx.progress)
+        if not ctx.runtime.first:
+            return {}
         (ctx.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
         return {
             "tokens": record["tokens"],

@@ -10,6 +10,7 @@ from lmdistill.curriculum.config import CurriculumConfig
 from lmdistill.intermediate.keys import IntermediateKeys
 from lmdistill.losses.registry import LossOptions
 from lmdistill.pipeline.stage import AddedKey, RuntimeKey, StageConfig
+from lmdistill.training.adapter_keys import LoraKeys
 from lmdistill.training.schedules import TemperatureChange, WeightChange
 from lmdistill.training.token_keys import TokenWeights
 
@@ -73,8 +74,14 @@ class DistillConfig(StageConfig):
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="decoupled, matrices only")
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="AdamW's first moment")
     beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.95, description="AdamW's second moment")
+    optimizer: Annotated[str, AddedKey()] = Field(
+        default="adamw", description="adamw, or by name, see below; beta1 and beta2 are those of all of them"
+    )
     clip: Annotated[float, Field(gt=0)] = Field(default=1.0, description="largest norm of the gradient")
     freeze: tuple[str, ...] = Field(default=(), description="globs of parameter names that are not trained")
+    lora: Annotated[LoraKeys | None, AddedKey()] = Field(
+        default=None, description="train a low-rank adapter instead of the weights, and merge it at the end"
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="of matrix products; weights, optimiser and loss are float32"
     )
@@ -94,6 +101,9 @@ class DistillConfig(StageConfig):
     micro_rows: Annotated[int | None, RuntimeKey()] = Field(
         default=None, description="rows at once; the rest of batch_rows is accumulated"
     )
+    gradient_checkpointing: Annotated[bool, RuntimeKey()] = Field(
+        default=False, description="keep one activation a block and compute the rest again: less memory, more time"
+    )
     chunk: Annotated[int, RuntimeKey(), Field(ge=1)] = Field(
         default=512, description="positions whose logits are held at once"
     )
@@ -105,6 +115,16 @@ class DistillConfig(StageConfig):
     def _batch_divides(self) -> DistillConfig:
         if self.micro_rows and self.batch_rows % self.micro_rows:
             raise ValueError(f"micro_rows {self.micro_rows} does not divide batch_rows {self.batch_rows}")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_fits(self) -> DistillConfig:
+        if self.lora and self.freeze:
+            raise ValueError("freeze: with lora all weights are frozen but the adapter's; drop one of the two")
+        if self.lora and self.intermediate:
+            raise ValueError("intermediate: its losses learn beside all of the student; with lora there is no place")
+        if self.lora and self.lora.base_teaches and not self.live:
+            raise ValueError(f"lora.base_teaches needs a loss that runs a teacher (full_kl); {self.loss} runs none")
         return self
 
     @property
@@ -123,9 +143,14 @@ class DistillConfig(StageConfig):
         return self.loss.startswith("full_")
 
     @property
+    def own_base(self) -> bool:
+        """Whether the live teacher is the student's own base, not the recipe's teacher."""
+        return self.lora is not None and self.lora.base_teaches
+
+    @property
     def runs_teacher(self) -> bool:
-        """Whether the teacher itself runs beside the student, for any loss."""
-        return self.live or any(entry.runs_teacher for entry in self.intermediate)
+        """Whether the recipe's teacher runs beside the student, for any loss."""
+        return (self.live and not self.own_base) or any(entry.runs_teacher for entry in self.intermediate)
 
     @property
     def needs_cache(self) -> bool:

@@ -64,7 +64,10 @@ def _next_of(batch: SignalsBatch, reader: SignalsReader | CorpusRows) -> torch.T
 
 
 def to_inputs(batch: SignalsBatch) -> dict[str, torch.Tensor]:
-    """Tensors of a decoded batch; `labels` are −100 where a prediction does not count, as Trainer counts them."""
+    """Tensors of a decoded batch; `labels` are −100 where a prediction does not count, as Trainer counts them.
+
+    `counted` numbers the others, so that no device has to find them.
+    """
     tokens_RT = torch.from_numpy(batch.tokens_RT.astype(np.int64))
     counts_RT = torch.from_numpy((batch.flags_RT & LOSS) > 0)
     labels_RT = torch.full_like(tokens_RT, -100)
@@ -74,6 +77,7 @@ def to_inputs(batch: SignalsBatch) -> dict[str, torch.Tensor]:
         **weights,
         "input_ids": tokens_RT,
         "labels": labels_RT,
+        "counted": (labels_RT != -100).flatten().nonzero()[:, 0],
         "teacher_ids": torch.from_numpy(batch.ids_RTK),
         "teacher_logp": torch.from_numpy(batch.logp_RTK),
         "teacher_tail": torch.from_numpy(batch.tail_RT),

@@ -47,9 +47,10 @@ class LiveEngine(TransformersEngine):
         with torch.no_grad(), torch.autocast(tokens_RT.device.type, enabled=False):
             return self._hidden(tokens_RT, positions_RT)
 
-    def speak(self, tokens_RT: Any, positions_RT: Any, counts_RT: Any) -> LiveTeacher:
-        """What it has to say at the positions that count."""
-        return LiveTeacher(self.run(tokens_RT, positions_RT)[counts_RT], self._weight_VD, self._bias_V)
+    def speak(self, tokens_RT: Any, positions_RT: Any, counted_N: Any) -> LiveTeacher:
+        """What it has to say at the flat positions that count."""
+        hidden_RTD = self.run(tokens_RT, positions_RT)
+        return LiveTeacher(hidden_RTD.flatten(0, 1).index_select(0, counted_N), self._weight_VD, self._bias_V)
 
 
 def open_live(teacher: ModelRef, student: Path, precision: str, device: str, isolate: bool) -> LiveEngine:

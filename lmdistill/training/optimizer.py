@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lmdistill.errors import LmdistillError
+from lmdistill.training import optimizers
 
 
 def freeze(model: torch.nn.Module, patterns: list[str]) -> int:
@@ -49,9 +50,13 @@ def step_sizes(model: torch.nn.Module, lr: float, relative: bool) -> dict[str, f
 
 
 def build(
-    model: torch.nn.Module, sizes: dict[str, float], weight_decay: float, betas: tuple[float, float]
+    model: torch.nn.Module,
+    sizes: dict[str, float],
+    weight_decay: float,
+    betas: tuple[float, float],
+    kind: str = "adamw",
 ) -> torch.optim.Optimizer:
-    """AdamW with one group a step size; matrices decay, norms and convolution taps do not."""
+    """The optimiser called `kind` with one group a step size; matrices decay, norms and convolution taps do not."""
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name in sizes:
@@ -60,4 +65,7 @@ def build(
     described: list[dict[str, Any]] = [
         {"params": parameters, "lr": size, "weight_decay": decay} for (size, decay), parameters in groups.items()
     ]
-    return torch.optim.AdamW(described, betas=betas, fused=True)
+    chosen = optimizers.kinds()[kind]
+    if chosen.extra == "bitsandbytes":
+        optimizers.keep_embeddings_wide(model)
+    return chosen.make(described, betas)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from lmdistill.pipeline.stage import ModelRef, Progress
 from lmdistill.signals.reader import SignalsReader
 from lmdistill.training.config import DistillConfig
 from lmdistill.training.corpus_rows import CorpusRows
+from lmdistill.training.ranks import Ranks, gathered, is_sharded, keep_precision
 from lmdistill.training.schedules import scheduled
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Place:
     teacher: ModelRef | None = None  # the recipe's, where it has one
     judges: tuple[Path, ...] = ()  # caches of other teachers, for a curriculum that asks them
     corpus: Path | None = None  # for a curriculum by the success rates that came with it
+    ranks: Ranks = field(default_factory=Ranks)  # this process among those that train together
 
 
 def steps_of(config: DistillConfig, row_tokens: int) -> int:
@@ -44,33 +46,39 @@ def steps_of(config: DistillConfig, row_tokens: int) -> int:
 def train(reader: Reader, config: DistillConfig, place: Place, progress: Progress) -> dict[str, Any]:
     """Train, resuming from `place.work`, and save to `place.output`; returns the record for training.json.
 
+    Of several processes all train, and the first alone saves and has a record.
+
     Raises IntegrityError where the checkpoints in `place.work` belong to other data, student or settings,
     PreflightError where the loss cannot learn from this cache.
     """
     from transformers import set_seed
 
-    from lmdistill.checkpoints import load_model, save_model
+    from lmdistill.checkpoints import save_model
     from lmdistill.intermediate.attach import detach, recorded
-    from lmdistill.training import optimizer
+    from lmdistill.training.adapter import student_of
     from lmdistill.training.ground_truth import settled
     from lmdistill.training.ordering import curriculum_record
     from lmdistill.training.pairing import check_pair
+    from lmdistill.training.student_forward import detach_loss
     from lmdistill.training.trainer import last_checkpoint
 
     check_pair(config.loss, reader.sampled, f"the teacher cache {reader.folder}")
     refuse_other_tokens(reader, place.student)
-    refuse_foreign_checkpoints(reader, config, place)
+    place.ranks.meet(place.device)
+    if place.ranks.first:
+        refuse_foreign_checkpoints(reader, config, place)
     settings = _semantic(config)
     config, estimate = settled(reader, config, place, progress)
     set_seed(config.seed)
-    model = load_model(place.student, device=place.device)
-    frozen = optimizer.freeze(model, list(config.freeze))
-    if config.compile:
-        compile_blocks(model)
-    trainer = _trainer(model, reader, config, place, progress)
-    trainer.train_from(last_checkpoint(place.work))
-    compared = detach(model)
-    model.__dict__.pop("forward")
+    student = _prepared(config, place)
+    trainer = _trainer(student, reader, config, place, progress)
+    keep_precision(trainer)
+    trainer.train_from(place.ranks.first_then_all(lambda: last_checkpoint(place.work)))
+    compared = detach(student_of(student))
+    detach_loss(student_of(student))
+    model, frozen = _whole(trainer, student, config, place)
+    if not place.ranks.first:
+        return {}
     if config.save_grid == "float16":
         round_matrices(model)
     save_model(model.float(), place.output, tokenizer_from=place.student)
@@ -78,6 +86,35 @@ def train(reader: Reader, config: DistillConfig, place: Place, progress: Progres
     record = _record(reader, config, trainer.state, frozen, model, parts) | {"settings": settings} | estimate
     paced = curriculum_record(config.curriculum, trainer.train_dataset.order, place.work)
     return record | recorded(compared, place.student) | paced
+
+
+def _prepared(config: DistillConfig, place: Place) -> Any:
+    """The student as it is trained: from its folder, on the device, in an adapter where one is asked for."""
+    from lmdistill.checkpoints import load_model
+    from lmdistill.training import adapter, optimizer
+
+    student = load_model(place.student, device=place.device)
+    optimizer.freeze(student, list(config.freeze))
+    if config.compile:
+        compile_blocks(student)
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    return adapter.adapted(student, config.lora) if config.lora else student
+
+
+def _whole(trainer: Any, student: Any, config: DistillConfig, place: Place) -> tuple[Any, int]:
+    """The trained student without what was put around it, and how many of its weights were frozen."""
+    from lmdistill.training import adapter
+
+    if is_sharded(trainer):
+        weights = gathered(trainer)  # all processes must take part
+        student = _prepared(config.model_copy(update={"compile": False}), replace(place, device="cpu"))
+        student.load_state_dict(weights, strict=False)
+    plain = adapter.student_of(student)
+    frozen = sum(parameter.numel() for parameter in plain.parameters() if not parameter.requires_grad)
+    if config.lora and place.ranks.first:
+        plain = adapter.merge(student, place.output.parent / "adapter")
+    return plain, frozen
 
 
 def compile_blocks(model: Any) -> None:
@@ -127,7 +164,12 @@ def refuse_foreign_checkpoints(reader: Reader, config: DistillConfig, place: Pla
     """Bind the work folder to this data, student and settings, or refuse it if it is bound to others."""
     from lmdistill.training.ordering import beside
 
-    identity = {"signals": reader.digest, "student": place.student_digest, "settings": _semantic(config)}
+    identity: dict[str, Any] = {
+        "signals": reader.digest,
+        "student": place.student_digest,
+        "settings": _semantic(config),
+        "launch": place.ranks.way,
+    }
     if place.live_teacher is not None:
         identity["teacher"] = place.live_teacher.digest
     identity |= beside(place)
@@ -160,6 +202,7 @@ def _semantic(config: DistillConfig) -> Any:
 
 def _trainer(model: Any, reader: Reader, config: DistillConfig, place: Place, progress: Progress) -> Any:
     from lmdistill.intermediate.attach import Sources, attach
+    from lmdistill.training.adapter import student_of
     from lmdistill.training.data import RowDataset, SignalsCollator
     from lmdistill.training.ordering import data_order
     from lmdistill.training.phases import Phases
@@ -169,33 +212,42 @@ def _trainer(model: Any, reader: Reader, config: DistillConfig, place: Place, pr
     teacher = _live(reader, config, place, model)
     steps = steps_of(config, reader.row_tokens)
     phases = Phases(config, steps)
-    attach_loss(model, phases.now, config.chunk, teacher if config.live else None, config.token_weights)
-    order = data_order(reader, config, place, model, steps)
+    live = teacher if config.live else None
+    attach_loss(student_of(model), phases.now, config.chunk, live, config.token_weights)
+    order = place.ranks.first_then_all(lambda: data_order(reader, config, place, student_of(model), steps))
     collator = SignalsCollator(reader, reader.manifest.packing == "isolate")
     if config.intermediate:
         sources = Sources(reader, place.student, teacher, place.teacher)
         collator = attach(model, config.intermediate, sources, order.tolist(), config.seed, config.loss != "none")
     collator.need_next = config.token_weights is not None
+    report = ProgressReport(progress, config.batch_rows * reader.row_tokens)
     return DistillationTrainer(
         model=model,
         args=_arguments(config, place, steps),
         train_dataset=RowDataset(order),
         data_collator=collator,
-        callbacks=[phases, CheckpointSeal(), ProgressReport(progress, config.batch_rows * reader.row_tokens)],
+        callbacks=[phases, CheckpointSeal(place.ranks), report],
         lr=config.lr,
         relative=config.lr_scale == "relative",
+        kind=config.optimizer,
     )
 
 
 def _live(reader: Reader, config: DistillConfig, place: Place, model: Any) -> Any:
     """The teacher that runs beside the student, for losses that need it; IntegrityError where it has more tokens."""
+    if config.own_base:
+        from lmdistill.teachers.token_maps import real_vocabulary, token_map
+        from lmdistill.training.adapter import BaseTeacher
+
+        return BaseTeacher(model, real_vocabulary(token_map(place.student)))
     if place.live_teacher is None:
         return None
+    from lmdistill.training.adapter import student_of
     from lmdistill.training.live_teacher import check_head, open_live
 
     isolate = reader.manifest.packing == "isolate"
     teacher = open_live(place.live_teacher, place.student, config.precision, place.device, isolate)
-    check_head(model, teacher, place.student)
+    check_head(student_of(model), teacher, place.student)
     return teacher
 
 
@@ -203,21 +255,23 @@ def _arguments(config: DistillConfig, place: Place, steps: int) -> Any:
     from transformers import TrainingArguments
 
     keys = argument_keys(config, place, steps, config.batch_rows, config.micro_rows)
-    return TrainingArguments(**keys, seed=config.seed)
+    # Block-local losses leave some weights without a gradient.
+    return TrainingArguments(**keys, seed=config.seed, ddp_find_unused_parameters=bool(config.intermediate))
 
 
 def argument_keys(
     config: DistillConfig | OnPolicyConfig, place: Place, steps: int, batch: int, micro: int | None
 ) -> dict[str, Any]:
-    """Keys of transformers' TrainingArguments; `micro` of the `batch` rows of a step go at once."""
-    micro = micro or batch
+    """Keys of transformers' TrainingArguments; `micro` of the `batch` rows of a step go at once, in each process."""
+    micro, accumulated = place.ranks.share_of(batch, micro)
+    on_cpu = place.device == "cpu"
     # A checkpoint lies on a line of the log, so that no line is computed from half an interval after a resume.
     every = max(1, config.checkpoint_steps // config.log_steps) * config.log_steps
     return {
         "output_dir": str(place.work),
         "max_steps": steps,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": batch // micro,
+        "gradient_accumulation_steps": accumulated,
         "learning_rate": config.lr,
         "lr_scheduler_type": config.schedule,
         "warmup_steps": round(config.warmup * steps),
@@ -226,13 +280,16 @@ def argument_keys(
         "adam_beta2": config.beta2,
         "max_grad_norm": config.clip,
         "bf16": config.precision == "bfloat16",
-        "use_cpu": place.device == "cpu",
+        "use_cpu": on_cpu,
         "logging_steps": config.log_steps,
+        "logging_nan_inf_filter": False,  # it waits for the device in every step, and hides what verify looks for
         "save_steps": every,
         "save_total_limit": 2,
         "remove_unused_columns": False,
-        "dataloader_pin_memory": place.device != "cpu",
-        "dataloader_num_workers": 0 if place.device == "cpu" else 2,
+        "dataloader_pin_memory": not on_cpu,
+        "dataloader_num_workers": 0 if on_cpu else 2,
+        "dataloader_persistent_workers": not on_cpu,
+        "accelerator_config": {"non_blocking": not on_cpu},
         "report_to": "none",
         "disable_tqdm": True,
     }

@@ -1,7 +1,9 @@
-"""Puts the fused loss inside the student's own forward, where DDP, FSDP and autocast expect it.
+"""Puts the fused loss inside the student's own forward and its head's, where DDP, FSDP and autocast expect it.
 
 The model stays a `PreTrainedModel` (saving, tied weights, checkpoints all work); only this instance's forward
-takes the teacher's signals and returns the loss instead of logits.
+takes the teacher's signals and returns the loss instead of logits. The head's own forward takes hidden states and
+returns the loss: whoever shards the model gathers a module's weights when its forward is called, and only then.
+Nothing in a step waits for the device: which positions count is known to the collator, on the host.
 
 Axes: R rows, T positions, D hidden width, K entries, N positions whose prediction counts.
 """
@@ -21,6 +23,7 @@ from lmdistill.training.token_keys import TokenWeights
 from lmdistill.training.token_weights import Places, weighed
 
 if TYPE_CHECKING:
+    from lmdistill.training.adapter import BaseTeacher
     from lmdistill.training.live_teacher import LiveEngine
 
 
@@ -28,19 +31,30 @@ def attach_loss(
     model: Any,
     mix: Callable[[], Mix],
     chunk: int,
-    teacher: LiveEngine | None = None,
+    teacher: LiveEngine | BaseTeacher | None = None,
     weights: TokenWeights | None = None,
 ) -> Any:
-    """Give `model` a forward of (input_ids, labels, teacher_*) → {"loss", "kd", "ce"}; returns the model.
+    """Give `model` a forward of (input_ids, labels, counted, teacher_*) → {"loss", "kd", "ce"}; returns the model.
 
     The loss is a mean in nats over the counted positions of the whole (accumulated) batch. `mix` says how it is made
     up in the step at hand. A live `teacher` sees the same rows in the same step. `weights` are those of tokens.
+    `counted` [N] numbers the positions that count in the flat batch [R·T].
     """
+
+    def loss_of_head(
+        self: Any, hidden_ND: torch.Tensor, targets: Targets, places: Places | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if weights is not None and places is not None:
+            targets = weighed(weights, targets, places, hidden_ND, self.weight, chunk)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            sums = fused_head_loss(hidden_ND, self.weight, targets, mix(), chunk)
+        return sums.total, sums.kd, sums.ce
 
     def forward(
         self: Any,
         input_ids: torch.Tensor,
         labels: torch.Tensor,
+        counted: torch.Tensor,
         teacher_ids: torch.Tensor,
         teacher_logp: torch.Tensor,
         teacher_tail: torch.Tensor,
@@ -51,28 +65,37 @@ def attach_loss(
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         hidden_RTD = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        counts_RT = labels != -100
-        hidden_ND = hidden_RTD[counts_RT]
+        hidden_ND = at(hidden_RTD, counted)
         if torch.is_autocast_enabled(hidden_ND.device.type):
             hidden_ND = hidden_ND.to(torch.get_autocast_dtype(hidden_ND.device.type))
         targets = Targets(
-            labels[counts_RT],
-            teacher_ids[counts_RT].long(),
-            teacher_logp[counts_RT],
-            teacher_tail[counts_RT],
-            None if teacher_weight is None else teacher_weight[counts_RT],
+            at(labels, counted),
+            at(teacher_ids, counted).long(),
+            at(teacher_logp, counted),
+            at(teacher_tail, counted),
+            None if teacher_weight is None else at(teacher_weight, counted),
         )
         if teacher is not None:
-            targets = replace(targets, live=teacher.speak(input_ids, position_ids, counts_RT))
+            targets = replace(targets, live=teacher.speak(input_ids, position_ids, counted))
+        places = None
         if weights is not None and teacher_next is not None:
-            row_RT = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
-            places = Places(teacher_next[counts_RT], row_RT[counts_RT], len(labels))
-            targets = weighed(weights, targets, places, hidden_ND, self.lm_head.weight, chunk)
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            sums = fused_head_loss(hidden_ND, self.lm_head.weight, targets, mix(), chunk)
+            places = Places(at(teacher_next, counted), counted // labels.shape[1], len(labels))
+        total, kd, ce = self.lm_head(hidden_ND, targets, places)
         count = hidden_ND.shape[0] if num_items_in_batch is None else num_items_in_batch
-        return {"loss": sums.total / count, "kd": sums.kd / count, "ce": sums.ce / count}
+        return {"loss": total / count, "kd": kd / count, "ce": ce / count}
 
+    model.lm_head.forward = types.MethodType(loss_of_head, model.lm_head)
     model.forward = types.MethodType(forward, model)
     model.accepts_loss_kwargs = True
     return model
+
+
+def detach_loss(model: Any) -> None:
+    """Give `model` its own forward back, and its head's."""
+    for module in (model, model.lm_head):
+        module.__dict__.pop("forward")
+
+
+def at(tensor_RT: torch.Tensor, counted_N: torch.Tensor) -> torch.Tensor:
+    """The entries `[N, …]` of `[R, T, …]` at the flat positions `counted_N`."""
+    return tensor_RT.flatten(0, 1).index_select(0, counted_N)

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lmdistill.pipeline.stage import Progress
 from lmdistill.training import optimizer
+from lmdistill.training.ranks import Ranks
 
 COMPLETE = "complete"
 
@@ -24,18 +25,19 @@ COMPLETE = "complete"
 class DistillationTrainer(Trainer):  # type: ignore[misc]
     """Trains a student whose forward returns "loss" and its parts, as "kd" and "ce" (see student_forward.py)."""
 
-    def __init__(self, *args: Any, lr: float, relative: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, lr: float, relative: bool, kind: str = "adamw", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Measured on the weights training starts from, so before any checkpoint is loaded over them.
         self._sizes = optimizer.step_sizes(self.model, lr, relative)
+        self._kind = kind
         self._parts: dict[str, torch.Tensor] = {}
         self._parts_from = 0
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with a step size of its own for each tensor."""
+        """The chosen optimiser with a step size of its own for each tensor."""
         if getattr(self, "optimizer", None) is None:
             betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer: Any = optimizer.build(self.model, self._sizes, self.args.weight_decay, betas)
+            self.optimizer: Any = optimizer.build(self.model, self._sizes, self.args.weight_decay, betas, self._kind)
         built: torch.optim.Optimizer = self.optimizer
         return built
 
@@ -55,7 +57,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """Add the mean of each part since the last line, and the tokens seen."""
         if "loss" in logs and self._parts:
             steps = self.state.global_step - self._parts_from
-            logs |= {part: round(total.item() / steps, 5) for part, total in self._parts.items()}
+            sums = {part: self.accelerator.reduce(total, "sum") for part, total in self._parts.items()}
+            logs |= {part: round(total.item() / steps, 5) for part, total in sums.items()}
             self._parts, self._parts_from = {}, self.state.global_step
         super().log(logs, *args, **kwargs)
 
@@ -77,10 +80,16 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 class CheckpointSeal(TrainerCallback):  # type: ignore[misc]
-    """Marks a checkpoint complete after all its files are on disk."""
+    """Marks a checkpoint complete after all its files, those of all processes, are on disk."""
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Sync every file of the checkpoint just written, then write the marker."""
+        self.ranks.wait()
+        if not self.ranks.first:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for path in [*folder.rglob("*"), folder]:
             descriptor = os.open(path, os.O_RDONLY)

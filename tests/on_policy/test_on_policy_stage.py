@@ -56,10 +56,10 @@ def test_the_teacher_sees_exactly_the_ids_that_the_student_sampled(
         sampled.extend(prompt + completion for prompt, completion in zip(asked, said, strict=True))
         return said
 
-    def listen(self: Any, tokens_RT: torch.Tensor, positions_RT: Any, counts_RT: torch.Tensor) -> Any:
-        for tokens, counts in zip(tokens_RT, counts_RT, strict=True):
+    def listen(self: Any, tokens_RT: torch.Tensor, positions_RT: Any, counted_N: torch.Tensor) -> Any:
+        for tokens, counts in zip(tokens_RT, counted_N, strict=True):
             seen.append(tokens[: int(counts.nonzero().max()) + 2].tolist())
-        return speak(self, tokens_RT, positions_RT, counts_RT)
+        return speak(self, tokens_RT, positions_RT, counted_N)
 
     monkeypatch.setattr(OnPolicyTrainer, "_sampled", keep)
     monkeypatch.setattr(LiveEngine, "speak", listen)

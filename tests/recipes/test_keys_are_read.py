@@ -34,6 +34,10 @@ NAMES = {
     "TokenWeights": {"keys"},
     "WeightChange": {"change"},
     "TemperatureChange": {"change"},
+    "LoraKeys": {"keys", "lora"},
+    "LaunchSection": {"launch"},
+    "FsdpKeys": {"fsdp"},
+    "DeepspeedKeys": {"deepspeed"},
 }
 # Written out whole into a dataclass or a call (vllm.LLM) with the same fields, which refuses one that it lacks.
 DUMPED = ("SpeedConfig", "RuntimeSection", "VllmOptions")
