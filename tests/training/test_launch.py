@@ -27,7 +27,7 @@ from lmdistill.recipe.schema import RuntimeSection
 from lmdistill.training.config import DistillConfig
 
 LAUNCH = {"num_processes": 2}
-PACED: dict[str, Any] = {"curriculum": {"difficulty": "student_gap", "buckets": 3}}  # measured by the first alone
+PACED: dict[str, Any] = {"curriculum": {"difficulty": "loss_gap", "buckets": 3}}  # measured by the first alone
 
 
 def _job(folder: Path, signals: Artefact, student: Artefact) -> dict[str, Any]:
