@@ -57,7 +57,9 @@ def test_the_teacher_sees_exactly_the_ids_that_the_student_sampled(
         return said
 
     def listen(self: Any, tokens_RT: torch.Tensor, positions_RT: Any, counted_N: torch.Tensor) -> Any:
-        for tokens, counts in zip(tokens_RT, counted_N, strict=True):
+        counts_RT = torch.zeros(tokens_RT.shape, dtype=torch.bool)
+        counts_RT.view(-1)[counted_N] = True
+        for tokens, counts in zip(tokens_RT, counts_RT, strict=True):
             seen.append(tokens[: int(counts.nonzero().max()) + 2].tolist())
         return speak(self, tokens_RT, positions_RT, counted_N)
 
