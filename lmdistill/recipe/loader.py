@@ -27,7 +27,7 @@ def load_recipe(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     root = apply_overrides(root, overrides, problems)
     header = _check_header(root, file, problems)
     drafts = _check_entries(root, problems)
-    inputs = wire(drafts, header is not None and header.teacher is not None, problems)
+    inputs = wire(drafts, _names_teacher(root), problems)
     if header is not None:
         _check_interpreters(root, header, drafts, problems)
     problems.raise_all(str(file))
@@ -38,6 +38,12 @@ def load_recipe(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if draft.stage is not None and draft.config is not None
     )
     return Recipe(header.name, file, header.teacher, header.runtime, entries)
+
+
+def _names_teacher(root: Node) -> bool:
+    """Whether there is a `teacher:`, be it right or wrong: a wrong one is one problem, not one for each stage."""
+    assert isinstance(root.value, dict)
+    return TEACHER in root.value and root.value[TEACHER].plain() is not None
 
 
 def _read_chain(file: Path, seen: tuple[Path, ...]) -> Node:

@@ -221,8 +221,11 @@ class Manifest:
         return cls(**fields)
 
 
+DAMAGED_FIX = "run the stage or command that made the cache again"
+
+
 def _damaged(why: str) -> IntegrityError:
-    return IntegrityError(f"{MANIFEST_FILE} is damaged", why=why, fix="run the teach stage again")
+    return IntegrityError(f"{MANIFEST_FILE} is damaged", why=why, fix=DAMAGED_FIX)
 
 
 def find_folder(folder: Path) -> Path:
@@ -240,7 +243,8 @@ def find_folder(folder: Path) -> Path:
 def load_manifest(folder: Path) -> Manifest:
     """The manifest in `folder`; raises IntegrityError where it is missing, damaged or of another version."""
     try:
-        text = (folder / MANIFEST_FILE).read_bytes().decode()
+        return Manifest.from_json((folder / MANIFEST_FILE).read_bytes().decode())
     except UnicodeDecodeError as error:
-        raise _damaged(str(error)) from error
-    return Manifest.from_json(text)
+        raise IntegrityError(f"{folder}: {MANIFEST_FILE} is damaged", why=str(error), fix=DAMAGED_FIX) from error
+    except IntegrityError as error:
+        raise IntegrityError(f"{folder}: {error.what}", why=error.why, fix=error.fix) from error

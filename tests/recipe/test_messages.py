@@ -75,6 +75,10 @@ CASES = {
         GATHER + "  - stage: learn\n    with_teacher: true\n",
         ["toy.yaml:4: stages.learn: needs a teacher"],
     ),
+    "wrong teacher": (
+        "teacher: {source: a.gguf, sha256: abc}\n" + GATHER + "  - stage: learn\n    with_teacher: true\n",
+        ["toy.yaml:1: teacher.sha256"],
+    ),
     "unknown interpreter": (
         "runtime:\n  python:\n    gathr: /usr/bin/python3\n" + GATHER,
         ["toy.yaml:3: runtime.python.gathr: no stage has this name; did you mean 'gather'?"],
@@ -105,6 +109,12 @@ def test_all_problems_are_said_at_once(write: Callable[..., Path]) -> None:
     message = caught.value.render()
     assert message.startswith("5 problems in toy.yaml:")
     assert [line.split(":")[1] for line in message.splitlines()[1:]] == ["1", "4", "5", "6", "8"]
+
+
+def test_a_wrong_teacher_is_not_a_missing_one(write: Callable[..., Path]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(CASES["wrong teacher"][0]))
+    assert "stages.learn" not in caught.value.render()
 
 
 def test_unknown_recipe_names_the_nearest(write: Callable[..., Path]) -> None:
