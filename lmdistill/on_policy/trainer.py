@@ -84,7 +84,8 @@ class OnPolicyTrainer(DistillationTrainer, TrlDistillationTrainer):  # type: ign
             torch.manual_seed(seed)
             if self.use_vllm:  # it draws by itself, every request from this seed
                 self.vllm_generation.generation_kwargs["seed"] = seed
-            completions: list[list[int]] = self._generate_single_turn(asked, None, {})
+            with self.accelerator.autocast():  # around all of it: weights are rounded once and not for every token
+                completions: list[list[int]] = self._generate_single_turn(asked, None, {})
         return completions
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
