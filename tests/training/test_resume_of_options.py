@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_toys import folder_bytes, train_toy
+from training_toys import LENGTH, folder_bytes, train_toy
 
 from lmdistill.errors import IntegrityError
 from lmdistill.pipeline.stage import Artefact
 from lmdistill.signals.exchange.merge import merge
 
 KEYS = {"checkpoint_steps": 2}
+SHORT = {"tokens": LENGTH * 8 * 6}
 OPTIONS: dict[str, dict[str, Any]] = {
     "weight_schedule": {"kd_weight_schedule": {"to": 0.1, "shape": "cosine", "after": 0.2}},
     "temperature_schedule": {"temperature": 4.0, "temperature_schedule": {"to": 1.0, "shape": "linear"}},
@@ -32,13 +33,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("keys", OPTIONS.values(), ids=OPTIONS)
 def test_half_and_resumed_is_whole(keys: dict[str, Any], signals: Artefact, student: Artefact, tmp_path: Path) -> None:
     """What is left of the second run is its sealed checkpoint in the middle: all that a resume may need is in it."""
-    train_toy(tmp_path / "whole", signals, student, **KEYS, **keys)
+    train_toy(tmp_path / "whole", signals, student, **KEYS, **SHORT, **keys)
     work = tmp_path / "whole/work"
     steps = sorted(int(path.name.split("-")[1]) for path in (work / "checkpoints").glob("checkpoint-*"))
     shutil.copytree(work, tmp_path / "half/work")
     shutil.rmtree(tmp_path / f"half/work/checkpoints/checkpoint-{steps[-1]}")
     assert 0 < steps[-2] < steps[-1]
-    train_toy(tmp_path / "half", signals, student, **KEYS, **keys)
+    train_toy(tmp_path / "half", signals, student, **KEYS, **SHORT, **keys)
     assert folder_bytes(tmp_path / "whole/out") == folder_bytes(tmp_path / "half/out")
 
 
@@ -77,8 +78,8 @@ def test_killed_with_all_options_on_the_same_command_ends_with_the_same_bytes(
 
 def test_other_data_than_before_is_refused(signals: Artefact, student: Artefact, tmp_path: Path) -> None:
     """Its digest is held against that of the checkpoints, before a step is made."""
-    train_toy(tmp_path / "run", signals, student, **KEYS)
+    train_toy(tmp_path / "run", signals, student, **KEYS, **SHORT)
     merge(tmp_path / "other/out", [signals.out, signals.out])
     other = Artefact("teach", "teach", "signals", "e" * 64, tmp_path / "other")
     with pytest.raises(IntegrityError, match="made with other signals"):
-        train_toy(tmp_path / "run", other, student, **KEYS)
+        train_toy(tmp_path / "run", other, student, **KEYS, **SHORT)

@@ -164,7 +164,7 @@ def test_a_weighted_loss_has_the_gradient_of_weighted_terms(name: str) -> None:
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
 
 
-SHORT = {"tokens": LENGTH * 8 * 4}
+SHORT = {"tokens": LENGTH * 8 * 2}
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
