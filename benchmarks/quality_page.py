@@ -32,6 +32,8 @@ LABELS = {
     "sampled_12": "sampled, about 12 ids",
     "sampled_32": "sampled, about 32 ids",
     "bd_kd": "BD-KD",
+    "full_kl_only": "full KL, λ = 1",
+    "decoupled_only": "decoupled top 32, λ = 1",
 }
 COLUMNS = ("objective", "held-out NLL", "± seeds", "over full KL", "against CE", "± text", "ECE")
 # Colours of the report's charts, readable on white and on black.
@@ -86,7 +88,8 @@ def section(result: dict[str, Any], picture: str) -> str:
         f"{setting['hardware']['cores']} cores.",
         f"One student of {student['parameters'] / 1e6:.0f} M parameters ({len(student['layer_types'])} blocks, grown "
         f"from SmolLM2-135M) at {setting['start_nll']:.3f} nats; {setting['tokens']:,} tokens each, {seeds} orders of "
-        f"rows, λ = {setting['kd_weight']:g}; scored on {setting['heldout_predictions']:,} held-out predictions.",
+        f"rows, λ = {setting['kd_weight']:g} where nothing else is said; scored on "
+        f"{setting['heldout_predictions']:,} held-out predictions.",
         f"\n{table(COLUMNS, rows_of(result))}\n",
         "± seeds: standard deviation over orders of rows. Against CE: difference on the same rows and seeds, with its "
         "standard error over held-out rows (± text). ECE: expected calibration error, 15 bins.",

@@ -41,6 +41,8 @@ def _corpus(request: Request, proposal: Proposal, source: dict[str, str]) -> Ite
         yield _line(6, f"- source: {_plain(one)}", "as given")
         for key, field in source.items():
             yield _line(8, f"{key}: {_plain(field)}", "the field to read")
+    separator = "between documents, as the tokenizer's pre-training marked them or, without a mark, its EOS"
+    yield _line(4, f"separator: {_plain(proposal.separator)}", separator)
     yield _line(4, f"sequence_length: {proposal.sequence_length}", proposal.reasons["sequence_length"])
     yield ""
 
@@ -67,7 +69,7 @@ def _distill(proposal: Proposal) -> Iterable[str]:
 
     same = [
         (f"tokens: {proposal.tokens}", proposal.reasons["tokens"]),
-        (f"batch_rows: {proposal.batch_rows}", "rows in a step, as in what was measured"),
+        (f"batch_rows: {proposal.batch_rows}", "rows in a step: about a thousand tokens"),
     ]
     yield _line(2, "- stage: distill", "the student learns from the cache")
     yield _line(4, f"loss: {proposal.loss}", proposal.reasons["loss"])

@@ -32,6 +32,7 @@ class Proposal:
     sequence_length: int
     k: int
     precision: str
+    separator: str
     architecture: str
     reasons: dict[str, str]
 
@@ -89,7 +90,7 @@ def depths(request: Request, teacher: dict[str, Any]) -> tuple[int, ...]:
     return tuple(sorted({min(max(least, round(share * blocks)), blocks) for share in DEPTHS}))
 
 
-def propose(features: Features, teacher: dict[str, Any], request: Request, precision: str) -> Proposal:
+def propose(features: Features, teacher: dict[str, Any], request: Request, precision: str, separator: str) -> Proposal:
     """The proposal that the features make."""
     own = features.surprise <= OWN_TEXT
     choices = depths(request, teacher)
@@ -103,6 +104,7 @@ def propose(features: Features, teacher: dict[str, Any], request: Request, preci
         sequence_length=_row(features, teacher),
         k=64 if features.head_mass < THIN_HEAD else 32,
         precision=precision,
+        separator=separator,
         architecture=grown_architecture(teacher),
         reasons={},
     )
@@ -110,7 +112,7 @@ def propose(features: Features, teacher: dict[str, Any], request: Request, preci
         loss="by rule: nearest the full KL of what a cache can hold",
         kd_weight=f"by rule: the text surprises the teacher by {features.surprise:.2f} nats, "
         + ("so its word is worth most" if own else "so the text has its say"),
-        temperature="by rule: no temperature but 1 was ever better here",
+        temperature="by rule: the teacher's distribution as it is",
         layers=f"by rule: nearest {KEPT_BLOCKS:.0%} of the teacher's blocks",
         sequence_length=f"holds 90% of documents whole ({features.length_p90:,} tokens), within "
         f"{SHORTEST_ROW} to {LONGEST_ROW:,}",

@@ -19,10 +19,10 @@ from lmdistill.recommend import rules, sweep
 from lmdistill.recommend.evidence import conclude, words
 from lmdistill.recommend.recipe_text import compose
 from lmdistill.recommend.request import Request, asset, check
-from lmdistill.recommend.samples import Bench, K, source_keys
+from lmdistill.recommend.samples import Bench, K, separator_of, source_keys
 
 ROW_TOKENS, VALID_TOKENS = 256, 4_096  # of the sample; of the held-out text that trials are scored on
-JOURNAL = "study.journal"
+JOURNAL, PRECISION = "study.journal", "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,10 @@ def recommend(request: Request, progress: Progress, sinks: Sequence[Sink] = ()) 
 def _recommend(
     request: Request, teacher: ModelRef, shape: dict[str, Any], progress: Progress, sinks: Sequence[Sink]
 ) -> Recommendation:
-    precision = "bfloat16"
-    bench = Bench(request, precision, sinks)
+    bench = Bench(request, PRECISION, separator_of(teacher.path), sinks)
     made = bench.make("sample", bench.sample(ROW_TOKENS, request.sample_tokens, ROW_TOKENS))
     features = measured.measure(request, made["corpus"], made["teach"])
-    proposal = rules.propose(features, shape, request, precision)
+    proposal = rules.propose(features, shape, request, PRECISION, bench.separator)
     evidence = list(measured.describe(features, K))
     outcomes: list[sweep.Outcome] = []
     if request.sweep:

@@ -27,6 +27,7 @@ class Bench:
 
     request: Request
     precision: str
+    separator: str  # between documents
     sinks: Sequence[Sink] = ()
 
     @property
@@ -54,6 +55,7 @@ class Bench:
             "stage": "corpus",
             "sources": [{"source": source, **keys, "limit": limit} for source in self.request.sources],
             "sequence_length": row_tokens,
+            "separator": self.separator,
             "valid_fraction": 0.1,
             "train_tokens": max(train_tokens, row_tokens),
             "valid_tokens": max(valid_tokens, row_tokens),
@@ -63,6 +65,13 @@ class Bench:
     def students(self, shapes: dict[int, dict[str, Any]]) -> Stages:
         """Stages that grow a student of each depth."""
         return [{"stage": "student", "name": f"student_{depth}", **shapes[depth], **GROWTH} for depth in shapes]
+
+
+def separator_of(tokenizer: Path) -> str:
+    """What stands between documents: pre-training's own mark, which a chat model's EOS is not; else EOS, else none."""
+    from lmdistill.corpus.tokenizers import declares
+
+    return next((mark for mark in ("<|endoftext|>", "eos") if declares(tokenizer, mark)), "none")
 
 
 def source_keys(request: Request) -> dict[str, str]:

@@ -15,7 +15,7 @@ from lmdistill.recipe import load_recipe
 from lmdistill.recommend import run as recommending
 from lmdistill.recommend.request import Request
 from lmdistill.recommend.run import Laboratory, Recommendation, recommend
-from lmdistill.recommend.samples import source_keys
+from lmdistill.recommend.samples import separator_of, source_keys
 
 MakeRequest = Callable[..., Request]
 COMMENT = re.compile(r"(^|\s)# \S")
@@ -109,6 +109,16 @@ def test_conversations_are_read_where_records_have_no_text(request_for: MakeRequ
     assert keys('{"messages": [], "text": "hello"}') == {}
     assert keys('{"0": "hello"}', field="0") == {"text": "0"}
     assert keys('{"turns": []}', messages="turns") == {"messages": "turns"}
+
+
+def test_documents_are_parted_as_the_tokenizers_pre_training_did(
+    smollm_tokenizer_folder: Path, toy_teacher: Path, tmp_path: Path
+) -> None:
+    """SmolLM2's EOS is the end of a chat's turn; the toy has no mark but its EOS; a bare tokenizer has neither."""
+    assert separator_of(smollm_tokenizer_folder) == "<|endoftext|>"
+    assert separator_of(toy_teacher) == "eos"
+    (tmp_path / "tokenizer.json").write_text((toy_teacher / "tokenizer.json").read_text())
+    assert separator_of(tmp_path) == "none"
 
 
 def test_where_cross_entropy_wins_it_is_what_is_recommended(
