@@ -79,7 +79,7 @@ def _trainer(
         args=_arguments(config, place),
         train_dataset=PromptDataset(prompts),
         processing_class=load_tokenizer(place.student),
-        callbacks=[CheckpointSeal(), ProgressReport(progress, config.batch_prompts, "prompt")],
+        callbacks=[CheckpointSeal(), ProgressReport(progress, lambda steps: steps * config.batch_prompts, "prompt")],
         lr=config.lr,
         relative=config.lr_scale == "relative",
         teacher=engine,
@@ -94,7 +94,8 @@ def _arguments(config: OnPolicyConfig, place: Place) -> Any:
     from trl import DistillationConfig
 
     chosen = samplers.SAMPLERS[samplers.choose(config.sampler, place.device)]
-    keys = argument_keys(config, place, config.steps, config.batch_prompts, config.micro_prompts)
+    micro, accumulated = place.ranks.share_of(config.batch_prompts, config.micro_prompts)
+    keys = argument_keys(config, place, config.steps, micro, accumulated)
     return DistillationConfig(
         **keys | {"dataloader_num_workers": 0},  # prompts are in memory already
         **chosen.arguments(config),

@@ -61,6 +61,10 @@ class DistillConfig(StageConfig):
         default=1_000_000, description="tokens to train on; more than the cache holds means several epochs"
     )
     batch_rows: Annotated[int, Field(ge=1)] = Field(default=8, description="rows of the cache in an optimiser step")
+    batch_tokens: Annotated[int | None, AddedKey(), Field(ge=1)] = Field(
+        default=None,
+        description="tokens in a step, in place of batch_rows: for rows of unequal length (packing: single)",
+    )
     lr: Annotated[float, Field(gt=0)] = Field(
         default=2e-3, description="peak step; with lr_scale: relative, in units of each tensor's root mean square"
     )
@@ -113,8 +117,16 @@ class DistillConfig(StageConfig):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> DistillConfig:
-        if self.micro_rows and self.batch_rows % self.micro_rows:
+        if self.micro_rows and not self.batch_tokens and self.batch_rows % self.micro_rows:
             raise ValueError(f"micro_rows {self.micro_rows} does not divide batch_rows {self.batch_rows}")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_are_whole(self) -> DistillConfig:
+        if self.batch_tokens and self.intermediate:
+            raise ValueError("intermediate: its losses take rows of one length; drop batch_tokens")
+        if self.batch_tokens and self.curriculum:
+            raise ValueError("curriculum: its buckets are opened by steps of equal rows; drop batch_tokens")
         return self
 
     @model_validator(mode="after")

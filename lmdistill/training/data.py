@@ -16,6 +16,7 @@ from lmdistill.corpus.format import DOC_START, LOSS, document_positions
 from lmdistill.signals.integrity import unknown_next
 from lmdistill.signals.reader import SignalsBatch, SignalsReader
 from lmdistill.training.corpus_rows import CorpusRows
+from lmdistill.training.token_batches import cut
 
 
 def row_order(rows: int, wanted: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -39,20 +40,26 @@ class RowDataset(Dataset[int]):  # type: ignore[misc]
 
 
 class SignalsCollator:
-    """Row numbers → one batch of tensors; every read proves that the log-probs belong to the tokens."""
+    """Row numbers → one batch of tensors; every read proves that the log-probs belong to the tokens.
 
-    def __init__(self, reader: SignalsReader | CorpusRows, isolate: bool) -> None:
-        self.reader, self.isolate = reader, isolate
+    `short` cuts the batch to its longest row.
+    """
+
+    def __init__(self, reader: SignalsReader | CorpusRows, isolate: bool, short: bool = False) -> None:
+        self.reader, self.isolate, self.short = reader, isolate, short
         self.need_next = False  # whether weights of tokens ask for the teacher's log-probs of the text
 
     def __call__(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The rows as tensors, with position ids that start again at every document where packing isolates."""
+        """The rows as tensors, with position ids where packing isolates documents and a row has several."""
         batch = self.reader.read(list(rows))
+        if self.short:
+            batch = cut(batch)
         inputs = to_inputs(batch)
         if self.need_next:
             inputs["teacher_next"] = _next_of(batch, self.reader)
-        if self.isolate:
-            inputs["position_ids"] = torch.from_numpy(document_positions((batch.flags_RT & DOC_START) > 0))
+        starts_RT = (batch.flags_RT & DOC_START) > 0
+        if self.isolate and starts_RT[:, 1:].any():
+            inputs["position_ids"] = torch.from_numpy(document_positions(starts_RT))
         return inputs
 
 

@@ -23,7 +23,7 @@ def check_launch(ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
 def _rows(ctx: PreflightContext[DistillConfig], launch: LaunchSection) -> Iterator[LmdistillError]:
     config, processes = ctx.config, launch.num_processes
     at_once = (config.micro_rows or 1) * processes
-    if config.batch_rows % at_once:
+    if not config.batch_tokens and config.batch_rows % at_once:
         micro = f" × micro_rows {config.micro_rows}" if config.micro_rows else ""
         what = f"stage '{ctx.name}': num_processes {processes}{micro} does not divide batch_rows {config.batch_rows}"
         why = "every process takes the same share of a step's rows"

@@ -18,6 +18,7 @@ from lmdistill.training.schedules import scheduled
 
 if TYPE_CHECKING:
     from lmdistill.on_policy.config import OnPolicyConfig
+    from lmdistill.training.batches import Batches
 
 Reader = SignalsReader | CorpusRows
 
@@ -36,11 +37,6 @@ class Place:
     judges: tuple[Path, ...] = ()  # caches of other teachers, for a curriculum that asks them
     corpus: Path | None = None  # for a curriculum by the success rates that came with it
     ranks: Ranks = field(default_factory=Ranks)  # this process among those that train together
-
-
-def steps_of(config: DistillConfig, row_tokens: int) -> int:
-    """Optimiser steps that `tokens` make, at least one."""
-    return max(1, config.tokens // (config.batch_rows * row_tokens))
 
 
 def train(reader: Reader, config: DistillConfig, place: Place, progress: Progress) -> dict[str, Any]:
@@ -83,8 +79,8 @@ def train(reader: Reader, config: DistillConfig, place: Place, progress: Progres
         round_matrices(model)
     save_model(model.float(), place.output, tokenizer_from=place.student)
     parts = ["kd", "ce", *(one["name"] for one in compared)]
-    record = _record(reader, config, trainer.state, frozen, model, parts) | {"settings": settings} | estimate
-    paced = curriculum_record(config.curriculum, trainer.train_dataset.order, place.work)
+    record = _record(reader, config, trainer, frozen, model, parts) | {"settings": settings} | estimate
+    paced = curriculum_record(config.curriculum, trainer.batches.order_N, place.work)
     return record | recorded(compared, place.student) | paced
 
 
@@ -203,30 +199,38 @@ def _semantic(config: DistillConfig) -> Any:
 def _trainer(model: Any, reader: Reader, config: DistillConfig, place: Place, progress: Progress) -> Any:
     from lmdistill.intermediate.attach import Sources, attach
     from lmdistill.training.adapter import student_of
-    from lmdistill.training.data import RowDataset, SignalsCollator
+    from lmdistill.training.batches import batches_of
+    from lmdistill.training.data import SignalsCollator
     from lmdistill.training.ordering import data_order
     from lmdistill.training.phases import Phases
     from lmdistill.training.student_forward import attach_loss
+    from lmdistill.training.token_batches import OneBatch
     from lmdistill.training.trainer import CheckpointSeal, DistillationTrainer, ProgressReport
 
     teacher = _live(reader, config, place, model)
-    steps = steps_of(config, reader.row_tokens)
-    phases = Phases(config, steps)
+    batches = batches_of(
+        reader,
+        config,
+        place.ranks,
+        lambda steps: place.ranks.first_then_all(lambda: data_order(reader, config, place, student_of(model), steps)),
+    )
+    phases = Phases(config, batches.steps)
     live = teacher if config.live else None
     attach_loss(student_of(model), phases.now, config.chunk, live, config.token_weights)
-    order = place.ranks.first_then_all(lambda: data_order(reader, config, place, student_of(model), steps))
-    collator = SignalsCollator(reader, reader.manifest.packing == "isolate")
+    collator = SignalsCollator(reader, reader.manifest.packing == "isolate", short=bool(config.batch_tokens))
     if config.intermediate:
         sources = Sources(reader, place.student, teacher, place.teacher)
-        collator = attach(model, config.intermediate, sources, order.tolist(), config.seed, config.loss != "none")
+        collator = attach(
+            model, config.intermediate, sources, batches.order_N.tolist(), config.seed, config.loss != "none"
+        )
     collator.need_next = config.token_weights is not None
-    report = ProgressReport(progress, config.batch_rows * reader.row_tokens)
     return DistillationTrainer(
         model=model,
-        args=_arguments(config, place, steps),
-        train_dataset=RowDataset(order),
-        data_collator=collator,
-        callbacks=[phases, CheckpointSeal(place.ranks), report],
+        args=_arguments(config, place, batches),
+        train_dataset=batches.dataset,
+        data_collator=OneBatch(collator) if config.batch_tokens else collator,
+        callbacks=[phases, CheckpointSeal(place.ranks), ProgressReport(progress, batches.tokens_after)],
+        batches=batches,
         lr=config.lr,
         relative=config.lr_scale == "relative",
         kind=config.optimizer,
@@ -251,19 +255,18 @@ def _live(reader: Reader, config: DistillConfig, place: Place, model: Any) -> An
     return teacher
 
 
-def _arguments(config: DistillConfig, place: Place, steps: int) -> Any:
+def _arguments(config: DistillConfig, place: Place, batches: Batches) -> Any:
     from transformers import TrainingArguments
 
-    keys = argument_keys(config, place, steps, config.batch_rows, config.micro_rows)
+    keys = argument_keys(config, place, batches.steps, batches.micro, batches.accumulated)
     # Block-local losses leave some weights without a gradient.
     return TrainingArguments(**keys, seed=config.seed, ddp_find_unused_parameters=bool(config.intermediate))
 
 
 def argument_keys(
-    config: DistillConfig | OnPolicyConfig, place: Place, steps: int, batch: int, micro: int | None
+    config: DistillConfig | OnPolicyConfig, place: Place, steps: int, micro: int, accumulated: int
 ) -> dict[str, Any]:
-    """Keys of transformers' TrainingArguments; `micro` of the `batch` rows of a step go at once, in each process."""
-    micro, accumulated = place.ranks.share_of(batch, micro)
+    """Keys of transformers' TrainingArguments; a process takes `micro` rows at once, `accumulated` times a step."""
     on_cpu = place.device == "cpu"
     # A checkpoint lies on a line of the log, so that no line is computed from half an interval after a resume.
     every = max(1, config.checkpoint_steps // config.log_steps) * config.log_steps
@@ -296,12 +299,12 @@ def argument_keys(
 
 
 def _record(
-    reader: Reader, config: DistillConfig, state: Any, frozen: int, model: Any, parts: list[str]
+    reader: Reader, config: DistillConfig, trainer: Any, frozen: int, model: Any, parts: list[str]
 ) -> dict[str, Any]:
     """What training.json says: settings, digests and the loss curve; nothing that differs from run to run."""
-    per_step = config.batch_rows * reader.row_tokens
+    state, batches = trainer.state, trainer.batches
     log = [
-        {"step": line["step"], "tokens": line["step"] * per_step}
+        {"step": line["step"], "tokens": batches.tokens_after(line["step"])}
         | {key: line[key] for key in ("loss", *parts, "grad_norm", "learning_rate") if key in line}
         | scheduled(config, line["step"] - 1, state.max_steps)
         for line in state.log_history
@@ -312,8 +315,8 @@ def _record(
         "settings": _semantic(config),
         "signals": reader.digest,
         "steps": state.global_step,
-        "tokens": state.global_step * per_step,
-        "epochs": round(state.global_step * config.batch_rows / reader.rows, 4),
+        "tokens": batches.tokens_after(state.global_step),
+        "epochs": round(len(batches.order_N) / reader.rows, 4),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "frozen": frozen,
         "log": log,

@@ -19,6 +19,7 @@ import torch
 
 from lmdistill.losses.fused_head import Mix, fused_head_loss
 from lmdistill.losses.registry import Targets
+from lmdistill.training.packing_known import packing_known
 from lmdistill.training.token_keys import TokenWeights
 from lmdistill.training.token_weights import Places, weighed
 
@@ -64,7 +65,8 @@ def attach_loss(
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
-        hidden_RTD = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        with packing_known(position_ids is not None):
+            hidden_RTD = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         hidden_ND = at(hidden_RTD, counted)
         if torch.is_autocast_enabled(hidden_ND.device.type):
             hidden_ND = hidden_ND.to(torch.get_autocast_dtype(hidden_ND.device.type))
@@ -76,7 +78,8 @@ def attach_loss(
             None if teacher_weight is None else at(teacher_weight, counted),
         )
         if teacher is not None:
-            targets = replace(targets, live=teacher.speak(input_ids, position_ids, counted))
+            with packing_known(position_ids is not None):
+                targets = replace(targets, live=teacher.speak(input_ids, position_ids, counted))
         places = None
         if weights is not None and teacher_next is not None:
             places = Places(at(teacher_next, counted), counted // labels.shape[1], len(labels))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lmdistill.pipeline.stage import Progress
 from lmdistill.training import optimizer
+from lmdistill.training.batches import Batches
 from lmdistill.training.ranks import Ranks
 
 COMPLETE = "complete"
@@ -25,8 +27,17 @@ COMPLETE = "complete"
 class DistillationTrainer(Trainer):  # type: ignore[misc]
     """Trains a student whose forward returns "loss" and its parts, as "kd" and "ce" (see student_forward.py)."""
 
-    def __init__(self, *args: Any, lr: float, relative: bool, kind: str = "adamw", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        lr: float,
+        relative: bool,
+        kind: str = "adamw",
+        batches: Batches | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.batches = batches
         # Measured on the weights training starts from, so before any checkpoint is loaded over them.
         self._sizes = optimizer.step_sizes(self.model, lr, relative)
         self._kind = kind
@@ -101,8 +112,8 @@ class CheckpointSeal(TrainerCallback):  # type: ignore[misc]
 class ProgressReport(TrainerCallback):  # type: ignore[misc]
     """Passes the log on to the pipeline's progress."""
 
-    def __init__(self, progress: Progress, per_step: int, unit: str = "token") -> None:
-        self.progress, self.per_step, self.unit = progress, per_step, unit
+    def __init__(self, progress: Progress, done_after: Callable[[int], int], unit: str = "token") -> None:
+        self.progress, self.done_after, self.unit = progress, done_after, unit
 
     def on_log(
         self,
@@ -115,5 +126,5 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
         """Units done of all, with the loss and its parts."""
         if logs and "loss" in logs:
             figures = {key: logs[key] for key in ("loss", "kd", "ce") if key in logs}
-            done, total = state.global_step * self.per_step, state.max_steps * self.per_step
+            done, total = self.done_after(state.global_step), self.done_after(state.max_steps)
             self.progress.update(done, total, self.unit, **figures)
