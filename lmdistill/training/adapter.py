@@ -29,7 +29,27 @@ def adapted(student: Any, keys: LoraKeys) -> Any:
     check_targets(student, keys.targets)
     targets = ALL_LINEAR if ALL_LINEAR in keys.targets else list(keys.targets)
     config = LoraConfig(r=keys.rank, lora_alpha=keys.alpha, lora_dropout=keys.dropout, target_modules=targets)
-    return get_peft_model(student, config)
+    model = get_peft_model(student, config)
+    _measure_steps(model)
+    return model
+
+
+def _measure_steps(model: Any) -> None:
+    """Say of each B, which begins at zero, what a relative step is relative to.
+
+    ΔW = s·B·A has entries of about s·√r·rms(B)·rms(A); the size of B that makes them those of W is its measure. A step
+    of `lr` in units of it then moves W by the share `lr` of its size, as a relative step of W itself would.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+        for name, down in layer.lora_A.items():
+            reach = layer.scaling[name] * layer.r[name] ** 0.5 * _rms(down.weight)
+            layer.lora_B[name].weight.measure = _rms(layer.get_base_layer().weight) / reach
+
+
+def _rms(weight: torch.Tensor) -> float:
+    return float(weight.detach().float().pow(2).mean().sqrt())
 
 
 def check_targets(student: Any, targets: tuple[str, ...]) -> None:

@@ -39,12 +39,14 @@ def freeze(model: torch.nn.Module, patterns: list[str]) -> int:
 def step_sizes(model: torch.nn.Module, lr: float, relative: bool) -> dict[str, float]:
     """The learning rate of every trained parameter by name; relative: `lr` × its root mean square (1 if it is zero).
 
-    A parameter that has an `own_lr` (what is learned beside the student) has that.
+    A parameter that has an `own_lr` (what is learned beside the student) has that; one with a `measure` (what begins
+    at zero in an adapter) has that in place of its root mean square.
     """
     sizes = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rms = parameter.detach().float().pow(2).mean().sqrt().item() if relative else 1.0
+            rms = getattr(parameter, "measure", rms) if relative else rms
             sizes[name] = getattr(parameter, "own_lr", lr * (rms or 1.0))
     return sizes
 

@@ -75,6 +75,25 @@ def test_the_base_as_teacher_says_what_a_copy_of_it_would_say(student: Artefact)
         assert not torch.allclose(model(ids).logits[0], alone, atol=1e-2)
 
 
+def test_a_relative_step_moves_an_adapted_weight_by_that_share_of_it(student: Artefact) -> None:
+    from lmdistill.training.adapter import adapted
+    from lmdistill.training.adapter_keys import LoraKeys
+    from lmdistill.training.optimizer import step_sizes
+
+    model = adapted(load_model(student.out / "model"), LoraKeys(rank=8, alpha=32))
+    sizes = step_sizes(model, 0.01, relative=True)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # one step of Adam from zero: all entries of one size
+            parameter.data = sizes[name] * torch.sign(torch.randn_like(parameter))
+    for layer in (one for one in model.modules() if hasattr(one, "get_delta_weight")):
+        share = (
+            layer.get_delta_weight("default").pow(2).mean().sqrt() / layer.get_base_layer().weight.pow(2).mean().sqrt()
+        )
+        assert 0.008 < share < 0.0125
+    assert set(step_sizes(model, 0.01, relative=False).values()) == {0.01}
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
