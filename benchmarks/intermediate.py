@@ -41,10 +41,13 @@ GROWN = {"layers": "grown", "live": True}
 WAYS: dict[str, dict[str, Any]] = {
     "kd": {},
     "kd + hidden_mse": {"intermediate": [{"loss": "hidden_mse", **GROWN}]},
+    "kd + 10 hidden_mse": {"intermediate": [{"loss": "hidden_mse", "weight": 10, **GROWN}]},
+    "kd + 100 hidden_mse": {"intermediate": [{"loss": "hidden_mse", "weight": 100, **GROWN}]},
     "kd + hidden_cosine": {"intermediate": [{"loss": "hidden_cosine", **GROWN}]},
     "kd + hidden_cka": {"intermediate": [{"loss": "hidden_cka", **GROWN}]},
     "kd + mi_alpha": {"intermediate": [{"loss": "mi_alpha", "weight": 0.1, "layers": {-1: -1}, "live": True}]},
     "kd + relation_kl": {"intermediate": [{"loss": "relation_kl", "layers": "grown"}]},
+    "kd + 10 relation_kl": {"intermediate": [{"loss": "relation_kl", "weight": 10, "layers": "grown"}]},
     "kd + relation_mse": {"intermediate": [{"loss": "relation_mse", "weight": 0.01, "layers": "grown"}]},
     "kd + block_local": {"intermediate": [{"loss": "block_local", **GROWN}]},
     "hidden_mse alone": {"loss": "none", "intermediate": [{"loss": "hidden_mse", **GROWN}]},
@@ -97,16 +100,18 @@ def _measured(arguments: argparse.Namespace, teacher: ModelRef) -> Iterator[dict
                 shutil.rmtree(where)
                 plain = plain or rows
                 gap = dict(zip(("nll_gap", "nll_gap_se"), paired_gap(rows, plain), strict=True))
+                gap |= dict(zip(("kl_gap", "kl_gap_se"), paired_gap(rows, plain, "kl_to_teacher"), strict=True))
                 yield {"way": name, "seed": seed, **summarise(rows), **(gap if rows is not plain else {}), **trained}
 
 
 def _table(records: list[dict[str, Any]]) -> str:
-    lines = ["| way | seed | NLL | minus kd | KL to teacher | CPU s |", "|---|---|---|---|---|---|"]
+    lines = ["| way | seed | NLL | minus kd | KL to teacher | minus kd | CPU s |", "|---|---|---|---|---|---|---|"]
     for one in records:
-        gap = f"{one['nll_gap']:+.4f} ± {one['nll_gap_se']:.4f}" if "nll_gap" in one else ""
-        kl = "" if one["kl_to_teacher"] is None else f"{one['kl_to_teacher']:.4f}"
-        cells = [one["way"], one["seed"], f"{one['nll']:.4f}", gap, kl]
-        lines.append(f"| {' | '.join(map(str, cells))} | {one.get('cpu_seconds', 0):.0f} |")
+        cells = [one["way"], str(one["seed"])]
+        for figure, gap in (("nll", "nll_gap"), ("kl_to_teacher", "kl_gap")):
+            cells.append("" if one[figure] is None else f"{one[figure]:.4f}")
+            cells.append(f"{one[gap]:+.4f} ± {one[gap + '_se']:.4f}" if gap in one else "")
+        lines.append(f"| {' | '.join(cells)} | {one.get('cpu_seconds', 0):.0f} |")
     return "\n".join(lines)
 
 
