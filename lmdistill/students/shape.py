@@ -87,20 +87,47 @@ def layer_types(layers: int, attention: int) -> list[str]:
 
 def random_config(config: Any, teacher: Any) -> Any:
     """The transformers config of a student from random, with the teacher's vocabulary and, where null, its widths."""
-    from transformers import LlamaConfig
-
     from lmdistill.students.lfm2 import config_like
 
     width = config.hidden_size or teacher.hidden_size
     heads = config.heads or teacher.num_attention_heads
-    like = LlamaConfig(
+    like = llama_config(
+        teacher,
         vocab_size=teacher.vocab_size,
         hidden_size=width,
         intermediate_size=config.intermediate_size or teacher.intermediate_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=config.kv_heads or getattr(teacher, "num_key_value_heads", None) or heads,
+        layers=config.layers,
+        heads=heads,
+        kv_heads=config.kv_heads or getattr(teacher, "num_key_value_heads", None) or heads,
         head_dim=width // heads,
+    )
+    if config.architecture == "lfm2":
+        return config_like(like, layer_types(config.layers, config.attention_layers), config.kernel, like.rms_norm_eps)
+    return like
+
+
+def llama_config(
+    teacher: Any,
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> Any:
+    """A LlamaConfig of these widths with the teacher's context, rotary base, norm and special tokens."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         max_position_embeddings=teacher.max_position_embeddings,
         rms_norm_eps=getattr(teacher, "rms_norm_eps", NORM_EPS),
         rope_parameters={"rope_type": "default", "rope_theta": _rope_theta(teacher)},
@@ -109,9 +136,6 @@ def random_config(config: Any, teacher: Any) -> Any:
         eos_token_id=teacher.eos_token_id,
         pad_token_id=teacher.pad_token_id,
     )
-    if config.architecture == "lfm2":
-        return config_like(like, layer_types(config.layers, config.attention_layers), config.kernel, like.rms_norm_eps)
-    return like
 
 
 def _rope_theta(teacher: Any) -> float:

@@ -1,0 +1,66 @@
+"""What is wrong with a search space, from its keys and the teacher's config.json alone, before any work.
+
+Choices that fit nothing (a width whose heads no kv_heads divides, rows that are no whole blocks of the format) are
+named one by one, so that each key means what it says.
+"""
+
+from __future__ import annotations
+
+from lmdistill.search.candidate import Problem
+from lmdistill.search.space import MOST_SHAPES, TEACHERS, Shape, Space
+
+_GENES = {
+    "hidden_sizes": "hidden_size",
+    "intermediate_sizes": "intermediate_size",
+    "kv_heads": "kv_heads",
+    "vocabularies": "vocab_size",
+}
+_LESS = "candidates inherit from the teacher: ask for less"
+
+
+def problems(space: Space) -> list[Problem]:
+    """What is wrong with a space, as (what, what to do), from config.json alone."""
+    found = _beyond_teacher(space)
+    if (count := space.count()) > MOST_SHAPES:
+        return [*found, (f"the space has {count:,} shapes", f"list fewer sizes: at most {MOST_SHAPES:,} are tried")]
+    if found:
+        return found
+    shapes = space.shapes()
+    if not shapes:
+        return [_why_nothing(space)]
+    return [
+        (
+            f"{key}: no candidate can have {value}",
+            f"it must fit heads of {space.head_dim} and {space.format_name}",
+        )
+        for key, gene in _GENES.items()
+        for value in space.choices(key)
+        if all(getattr(shape, gene) != value for shape in shapes)
+    ]
+
+
+def _beyond_teacher(space: Space) -> list[Problem]:
+    """Sizes that the teacher has not to give."""
+    keys = space.keys
+    found: list[Problem] = []
+    for key, name in TEACHERS.items():
+        own = space.teacher_size(key)
+        if beyond := [size for size in space.choices(key) if size > own]:
+            found.append((f"{key}: {beyond[0]} is more than the teacher's {name} {own}", _LESS))
+    if keys.depth and keys.depth[1] > space.blocks:
+        found.append((f"depth {keys.depth[1]} is more than the teacher's {space.blocks}", _LESS))
+    if strange := sorted(space.attention_at - set(range(space.blocks))):
+        found.append((f"attention_at: the teacher has no block {strange[0]}", f"blocks are 0 to {space.blocks - 1}"))
+    if not keys.hybrid and (keys.attention_at is not None or keys.attention_layers is not None):
+        found.append(("a llama attends in every layer", "remove attention_at and attention_layers, or allow conv"))
+    return found
+
+
+def _why_nothing(space: Space) -> Problem:
+    depth = max(space.depths, default=0)
+    numbers = space.attention_numbers(depth)
+    if not numbers:
+        return ("no number of attention layers fits the depth", "widen depth, attention_layers or attention_at")
+    widths = next(space.products())
+    what, fix = space.problems_of(Shape(depth, numbers[0], *widths))[0]
+    return (f"no candidate can be exported, e.g. of widths {widths}: {what}", fix)

@@ -1,0 +1,178 @@
+"""Candidates and their space: whatever comes out of it can ship."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from lmdistill.errors import IntegrityError, LmdistillError
+from lmdistill.search.candidate import Candidate
+from lmdistill.search.space import Space, SpaceConfig
+from lmdistill.search.space_problems import problems
+from lmdistill.search.sub_space import SubSpace, sub_spaces
+
+SMOLLM2: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+}
+KEYS: dict[str, Any] = {
+    "depth": [8, 24],
+    "attention_layers": [2, 12],
+    "hidden_sizes": [384, 576],
+    "intermediate_sizes": [768, 1024, 1536],
+    "kv_heads": [1, 3],
+    "kernels": [3, 4],
+}
+SPACES = [
+    KEYS,
+    {"operators": ["attention"], "depth": [2, 30]},
+    {**KEYS, "attention_at": [0, 3, 7, 11, 15, 19, 29], "attention_layers": [1, 7], "depth": [7, 30]},
+    {**KEYS, "sub_spaces": {"base": {"parameters": [70, 200]}, "tiny": {"parameters": [20, 40]}}},
+]
+
+
+def space_of(keys: dict[str, Any], format_name: str = "q4_0") -> Space:
+    return Space(SpaceConfig(**keys), SMOLLM2, format_name)
+
+
+ALL = [sub for keys in SPACES for sub in sub_spaces(space_of(keys))]
+
+
+@given(st.sampled_from(ALL), st.integers(0, 2**32))
+@settings(deadline=None, max_examples=60)
+def test_whatever_is_sampled_mutated_or_crossed_can_ship_and_stays_in_its_sub_space(sub: SubSpace, seed: int) -> None:
+    rng = random.Random(seed)
+    first, second = sub.sample(rng), sub.sample(rng)
+    child = sub.crossover(first, second, rng)
+    mutants = [first]
+    for _ in range(5):
+        mutants.append(sub.mutate(mutants[-1], rng))
+    for candidate in (first, second, child, *mutants):
+        assert sub.problems(candidate) == []
+        assert Candidate.from_json(json.loads(json.dumps(candidate.to_json()))) == candidate
+    for gene in ("depth", "hidden_size", "intermediate_size", "kv_heads", "kernel"):
+        assert getattr(child, gene) in (getattr(first, gene), getattr(second, gene))
+
+
+@given(st.sampled_from(ALL), st.integers(0, 2**32))
+@settings(deadline=None, max_examples=30)
+def test_a_mutation_changes_something(sub: SubSpace, seed: int) -> None:
+    rng = random.Random(seed)
+    candidate = sub.sample(rng)
+    changed = sub.mutate(candidate, rng)
+    assert changed != candidate or (sub.space.keys.hybrid is False and candidate.depth == sub.space.blocks)
+
+
+def test_the_same_seed_draws_the_same_candidates() -> None:
+    def drawn() -> list[Candidate]:
+        rng, sub = random.Random(7), sub_spaces(space_of(KEYS))[0]
+        first, second = sub.sample(rng), sub.sample(rng)
+        return [first, second, sub.mutate(first, rng), sub.crossover(first, second, rng)]
+
+    assert drawn() == drawn()
+
+
+def test_a_child_of_equal_parents_is_their_equal() -> None:
+    rng = random.Random(0)
+    for sub in ALL:
+        parent = sub.sample(rng)
+        assert sub.crossover(parent, parent, rng) == parent
+
+
+@pytest.mark.parametrize("keys", [KEYS, SPACES[1]])
+def test_parameters_are_those_of_the_transformers_model(keys: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    candidate = sub_spaces(space_of(keys))[0].sample(random.Random(3))
+    config = candidate.config(LlamaConfig(**SMOLLM2))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == candidate.parameters
+    assert config.model_type == candidate.architecture and config.num_hidden_layers == candidate.depth
+    if candidate.architecture == "lfm2":
+        assert config.layer_types == candidate.shape_config()["layer_types"]
+
+
+def test_only_the_layers_sources_leave_the_shape_alike() -> None:
+    sub = sub_spaces(space_of(KEYS))[0]
+    one = sub.largest()
+    moved = Candidate.from_json({**one.to_json(), "layers": [[s + 1, o] for s, o in one.to_json()["layers"]]})
+    assert one.shape_digest == moved.shape_digest and one.digest != moved.digest
+    assert one.shape_digest != sub.smallest().shape_digest
+
+
+def test_largest_and_smallest_bound_every_candidate() -> None:
+    for sub in ALL:
+        low, high = sub.smallest().parameters, sub.largest().parameters
+        drawn = [sub.sample(random.Random(seed)) for seed in range(20)]
+        assert all(low <= each.parameters <= high for each in drawn)
+        room = sub.maxima
+        assert all(each.hidden_size <= room.hidden_size and each.depth <= room.depth for each in drawn)
+
+
+def test_sub_spaces_hold_what_their_bands_say() -> None:
+    base, tiny = sub_spaces(space_of(SPACES[3]))
+    assert base.smallest().parameters >= 70e6 and tiny.largest().parameters <= 40e6
+    by_time = space_of({**KEYS, "sub_spaces": {"fast": {"decode_ms": [0, 3]}}})
+    (fast,) = sub_spaces(by_time, lambda candidate: candidate.parameters / 20e9)
+    assert fast.largest().parameters <= 60e6
+
+
+def test_a_band_without_a_candidate_is_refused_by_name() -> None:
+    with pytest.raises(LmdistillError, match="'giant' has no candidate"):
+        sub_spaces(space_of({**KEYS, "sub_spaces": {"giant": {"parameters": [900, 901]}}}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "format_name", "said"),
+    [
+        ({"hidden_sizes": [448]}, "q4_0", "448"),  # seven heads, three key heads
+        ({"hidden_sizes": [600]}, "q4_0", "600"),
+        ({"intermediate_sizes": [1000, 1024]}, "q4_0", "1000"),
+        ({}, "q4_k_m", "hidden_size 576 is not whole blocks of q4_k_m"),
+        ({"kv_heads": [2, 3]}, "q4_0", "kv_heads: no candidate can have 2"),
+        ({"depth": [8, 31]}, "q4_0", "more than the teacher's 30"),
+        ({"vocabularies": [50000]}, "q4_0", "50000"),
+        ({"attention_at": [30]}, "q4_0", "no block 30"),
+        ({"operators": ["attention"], "attention_layers": [1, 2]}, "q4_0", "every layer"),
+        ({"depth": [4, 6], "attention_layers": [9, 12]}, "q4_0", "attention layers"),
+    ],
+)
+def test_a_space_that_cannot_ship_is_said_before_work(keys: dict[str, Any], format_name: str, said: str) -> None:
+    found = problems(space_of(keys, format_name))
+    assert any(said in what for what, _ in found), found
+
+
+def test_a_space_of_multiples_of_256_ships_in_k_quants() -> None:
+    space = Space(
+        SpaceConfig(), {**SMOLLM2, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}, "q4_k_m"
+    )
+    assert problems(space) == [] and space.shapes()
+
+
+@pytest.mark.parametrize(
+    "keys", [{"operators": ["conv"]}, {"depth": [9, 3]}, {"widths": [3]}, {"sub_spaces": {"base": {}}}, {"kernels": []}]
+)
+def test_keys_that_contradict_are_refused(keys: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        SpaceConfig(**keys)
+
+
+def test_damaged_json_is_no_candidate() -> None:
+    good = ALL[0].largest().to_json()
+    for bad in ({**good, "layers": [[0, "mamba"]]}, {"layers": []}, {**good, "more": 1}):
+        with pytest.raises(IntegrityError):
+            Candidate.from_json(bad)
