@@ -54,8 +54,18 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def gate_row(gate: dict[str, Any]) -> list[str]:
-    """A promise, its limit, what was measured, whether it held."""
-    return [gate["gate"], f"{gate['limit']:.4g}", f"{gate['measured']:.4g}", "yes" if gate["passed"] else "no"]
+    """A promise, its limit, what was measured, whether it held; of speeds the median of the rounds' ratios."""
+    measured, limit = f"{gate['measured']:.4g}", f"{gate['limit']:.4g}"
+    if gate["quartiles"]:
+        low, high = gate["quartiles"]
+        measured, limit = f"{measured}× (quartiles {low:.3f}–{high:.3f})", f"{limit}×"
+    return [gate["gate"], limit, measured, "yes" if gate["passed"] else "no"]
+
+
+def pair_row(pair: dict[str, Any]) -> list[str]:
+    """A student against a baseline on the same predictions, and what the two trainings do not share."""
+    error = "" if pair["nll_se"] is None else f" ± {pair['nll_se']:.4f}"
+    return [pair["student"], pair["baseline"], f"{pair['nll']:+.4f}{error}", ", ".join(pair["differs"]) or "nothing"]
 
 
 def main() -> None:
@@ -67,13 +77,19 @@ def main() -> None:
     report = json.loads((arguments.run / "report.json").read_text())
     if arguments.json:
         ladder = [dict(zip(COLUMNS, ladder_row(row), strict=True)) for row in report["ladder"]]
-        print(json.dumps({"ladder": ladder, "gates": report["gates"], "stages": report["stages"]}))
+        print(
+            json.dumps(
+                {"ladder": ladder, "gates": report["gates"], "pairs": report["pairs"], "stages": report["stages"]}
+            )
+        )
         return
     machine = report["hardware"]
     memory = machine["memory_bytes"] / 1e9
     print(f"{machine['processor']}, {machine['threads']} threads, {memory:.0f} GB, {report['date'][:10]}.\n")
     print(table(COLUMNS, map(ladder_row, report["ladder"])), "\n")
     print(table(("gate", "limit", "measured", "holds"), map(gate_row, report["gates"])), "\n")
+    if report["pairs"]:
+        print(table(("student", "baseline", "NLL, nats a token", "unequal in"), map(pair_row, report["pairs"])), "\n")
     seconds = {stage["name"]: stage["seconds"] for stage in report["stages"]}
     print(table(("stage", "seconds"), [(name, f"{spent:.0f}") for name, spent in seconds.items()]))
     print(f"\n{sum(seconds.values()) / 60:.1f} minutes in all.")

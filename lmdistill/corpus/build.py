@@ -23,7 +23,7 @@ from lmdistill.corpus.documents import (
     with_targets,
 )
 from lmdistill.corpus.encode import Encoder, encode
-from lmdistill.corpus.format import META_FILE, TOKENIZER_FOLDER, TRAIN, VALID, CorpusMeta, SplitMeta, success_file
+from lmdistill.corpus.format import META_FILE, TEST, TOKENIZER_FOLDER, TRAIN, VALID, CorpusMeta, SplitMeta, success_file
 from lmdistill.corpus.load import load, unreadable
 from lmdistill.corpus.pack import Rows, pack
 from lmdistill.errors import PreflightError
@@ -115,14 +115,14 @@ def _pack_splits(
     tokenizer = load_tokenizer(tokenizer_folder)
     padding = tokenizers.pad_id(tokenizer)
     splits: dict[str, SplitMeta] = {}
-    for name, members in split_by_group(documents, chosen, config.valid_fraction).items():
+    for name, members in split_by_group(documents, chosen, config.valid_fraction, config.test_fraction).items():
         if name == VALID and config.valid_fraction == 0:
             continue
         order = shuffled(documents, members, config.shuffle_seed)
         rows = Rows(config.sequence_length, config.packing == "single", config.row_cap(name), padding, len(bytes_V))
         split = pack(documents, order, rows, bytes_V, work / name)
         if split is None:
-            raise _empty_split(name, len(members), len(chosen), config.valid_fraction)
+            raise _empty_split(name, len(members), len(chosen), config)
         splits[name] = split
         for kind in ARRAYS:
             (work / f"{name}.{kind}.npy").replace(out / f"{name}.{kind}.npy")
@@ -140,11 +140,12 @@ def _pack_splits(
     )
 
 
-def _empty_split(name: str, members: int, documents: int, fraction: float) -> PreflightError:
+def _empty_split(name: str, members: int, documents: int, config: CorpusConfig) -> PreflightError:
+    key = "test_fraction" if name == TEST else "valid_fraction"
     return PreflightError(
         f"the corpus has nothing for the split '{name}'",
-        why=f"of {documents} documents {members} fall into it at valid_fraction {fraction}",
-        fix=f"{'lower' if name == TRAIN else 'raise'} `valid_fraction`, or add data",
+        why=f"of {documents} documents {members} fall into it at {key} {getattr(config, key)}",
+        fix=f"{'lower' if name == TRAIN else 'raise'} `{key}`, or add data",
     )
 
 

@@ -66,10 +66,21 @@ class CorpusConfig(StageConfig):
     valid_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.05, description="share of documents held out, chosen by a hash of their group"
     )
+    test_fraction: Annotated[float, AddedKey(), Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of documents in a split `test`, which no choice is made on; beside valid's"
+    )
     train_tokens: Tokens | None = Field(default=None, description="at most so many training tokens; null: all")
-    valid_tokens: Tokens | None = Field(default=None, description="at most so many held-out tokens; null: all")
+    valid_tokens: Tokens | None = Field(
+        default=None, description="at most so many tokens of each held-out split; null: all"
+    )
     shuffle_seed: int = Field(default=0, description="another seed, another order of documents; the split stays")
     tokenizer: AssetSpec | None = Field(default=None, description="null: the teacher's")
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> CorpusConfig:
+        if self.valid_fraction + self.test_fraction >= 1:
+            raise ValueError("valid_fraction and test_fraction together leave nothing to train on")
+        return self
 
     @model_validator(mode="after")
     def _caps_fill_a_row(self) -> CorpusConfig:

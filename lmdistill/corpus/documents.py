@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdistill.corpus.encode import KEY_BYTES
-from lmdistill.corpus.format import TRAIN, VALID
+from lmdistill.corpus.format import TEST, TRAIN, VALID
 
 Indices = NDArray[np.int64]
 
@@ -96,15 +96,19 @@ def first_of_each_text(documents: Documents, chosen: Indices) -> Indices:
     return chosen[np.sort(first)]
 
 
-def split_by_group(documents: Documents, chosen: Indices, valid_fraction: float) -> dict[str, Indices]:
-    """`chosen` as train and valid: held out is a group whose hash lies below `valid_fraction`.
+def split_by_group(
+    documents: Documents, chosen: Indices, valid_fraction: float, test_fraction: float = 0.0
+) -> dict[str, Indices]:
+    """`chosen` as train, valid and test: a group whose hash lies below `valid_fraction` is valid, then comes test.
 
-    It depends on the group alone, so that a group never straddles the two, and that data added later moves nothing.
+    It depends on the group alone, so that a group never straddles two, and that data added later moves nothing; what is
+    valid is so whatever `test_fraction` is. Without one there is no test split.
     """
     bytes_DK = documents.group_keys_D[chosen].view(np.uint8).reshape(-1, KEY_BYTES)
     shares_D = np.ascontiguousarray(bytes_DK[:, :8]).view(">u8").ravel().astype(np.float64) / 2.0**64
-    held_out = shares_D < valid_fraction
-    return {TRAIN: chosen[~held_out], VALID: chosen[held_out]}
+    valid_D, train_D = shares_D < valid_fraction, shares_D >= valid_fraction + test_fraction
+    splits = {TRAIN: chosen[train_D], VALID: chosen[valid_D]}
+    return splits | ({TEST: chosen[~valid_D & ~train_D]} if test_fraction else {})
 
 
 def shuffled(documents: Documents, chosen: Indices, seed: int) -> Indices:

@@ -25,7 +25,7 @@ LOSS = 1  # the prediction made here counts: the token at t+1 is a target
 DOC_START = 2  # first token of a document
 PAD = 4  # padding
 
-TRAIN, VALID = "train", "valid"
+TRAIN, VALID, TEST = "train", "valid", "test"
 TOKENIZER_FOLDER = "tokenizer"
 META_FILE = "corpus.json"
 DIGEST_ROWS = 1024  # tokens and flags take turns so often in a split's digest

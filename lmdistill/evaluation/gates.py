@@ -6,12 +6,14 @@
       - {of: export/q4_0, metric: prefill_tps, at_least: {of: teacher_files/q4_0, times: 1.5}}
       - {of: export/f32, metric: kl_to_parent, at_most: 1.0e-6}                    # a number
 
-The limit is `value`, or the other row's figure × `times` + `plus`.
+The limit is `value`, or the other row's figure × `times` + `plus`. Speeds that were measured in the same rounds are
+compared round by round: what slows one round down slows both files, and the median of the ratios has to reach `times`.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -125,31 +127,62 @@ class GateResult:
     measured: float | None  # None: not measured
     limit: float | None
     passed: bool
+    quartiles: tuple[float, float] | None = None  # of `measured`, where it is the median of rounds' ratios
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
         return asdict(self)
 
+    def shown(self) -> str:
+        """Measured and limit in words; of rounds their ratio, with its quartiles."""
+        measured, limit = ("not measured" if x is None else f"{x:.6g}" for x in (self.measured, self.limit))
+        if self.quartiles is None:
+            return f"measured {measured}, limit {limit}"
+        low, high = self.quartiles
+        return f"measured {measured} times (quartiles {low:.4g} to {high:.4g} of the rounds), limit {limit}"
+
 
 def check(gates: Sequence[Gate], ladder: Sequence[Mapping[str, Any]]) -> list[GateResult]:
-    """Hold every gate against the measured ladder; a figure that is missing or not a number keeps no promise."""
-    rows = {row["name"]: row for row in ladder}
+    """Hold every gate against the measured ladder; a figure that is missing or not a number keeps no promise.
 
+    A row may carry `rounds`: figure → its measurements, in the order of the rounds that all rows were measured in.
+    """
+    rows = {row["name"]: row for row in ladder}
+    return [_by_rounds(gate, rows) or _by_figure(gate, rows) for gate in gates]
+
+
+def _by_figure(gate: Gate, rows: Mapping[str, Mapping[str, Any]]) -> GateResult:
     def figure(name: str, metric: str) -> float | None:
         value = rows.get(name, {}).get(metric)
         return None if value is None or not math.isfinite(value) else float(value)
 
-    results = []
-    for gate in gates:
-        bound, measured = gate.bound, figure(gate.of, gate.metric)
-        limit = bound.value
-        if bound.of is not None:
-            other = figure(bound.of, bound.metric or gate.metric)
-            limit = None if other is None else other * bound.times + bound.plus
-        known = measured is not None and limit is not None
-        passed = known and (measured <= limit if gate.sense == "≤" else measured >= limit)  # type: ignore[operator]
-        results.append(GateResult(gate.render(), measured, limit, passed))
-    return results
+    bound, measured = gate.bound, figure(gate.of, gate.metric)
+    limit = bound.value
+    if bound.of is not None:
+        other = figure(bound.of, bound.metric or gate.metric)
+        limit = None if other is None else other * bound.times + bound.plus
+    return GateResult(gate.render(), measured, limit, _kept(gate, measured, limit))
+
+
+def _by_rounds(gate: Gate, rows: Mapping[str, Mapping[str, Any]]) -> GateResult | None:
+    """The median of the rounds' ratios against `times`; None where the two were not measured in the same rounds."""
+    bound = gate.bound
+    if bound.of is None or bound.plus:
+        return None
+    one, other = (
+        rows.get(name, {}).get("rounds", {}).get(metric, ())
+        for name, metric in zip((gate.of, bound.of), (gate.metrics[0], gate.metrics[-1]), strict=True)
+    )
+    if len(one) < 2 or len(one) != len(other):
+        return None
+    low, middle, high = statistics.quantiles([x / y for x, y in zip(one, other, strict=True)], method="inclusive")
+    return GateResult(gate.render(), middle, bound.times, _kept(gate, middle, bound.times), (low, high))
+
+
+def _kept(gate: Gate, measured: float | None, limit: float | None) -> bool:
+    if measured is None or limit is None:
+        return False
+    return measured <= limit if gate.sense == "≤" else measured >= limit
 
 
 def demand(failed: Sequence[GateResult], page: Path) -> None:
@@ -157,16 +190,11 @@ def demand(failed: Sequence[GateResult], page: Path) -> None:
     if not failed:
         return
 
-    def shown(value: float | None) -> str:
-        return "not measured" if value is None else f"{value:.6g}"
-
     width = max(len(result.gate) for result in failed)
-    table = "\n".join(
-        f"    {result.gate:<{width}}  measured {shown(result.measured)}, limit {shown(result.limit)}"
-        for result in failed
-    )
+    table = "\n".join(f"    {result.gate:<{width}}  {result.shown()}" for result in failed)
     raise StageError(
         f"{len(failed)} quality gate{'s' if len(failed) > 1 else ''} of the recipe failed",
         why=f"measured on the held-out text and on this machine\n{table}",
-        fix=f"read {page}; train longer or change the student, or change `gates` if the promise was wrong",
+        fix=f"read {page}; train longer or change the student, or change `gates` if the promise was wrong. Speeds are "
+        "measured beside whatever else runs: `--force evaluate` on an idle machine measures them again",
     )

@@ -11,6 +11,7 @@ from typing import Literal
 
 from lmdistill.checkpoints import stored_tensors
 from lmdistill.errors import IntegrityError, StageError
+from lmdistill.evaluation.pairs import is_baseline, training_record
 from lmdistill.pipeline.stage import Artefact, ModelRef
 
 Role = Literal["teacher", "baseline", "student", "file"]
@@ -52,12 +53,6 @@ def checkpoint(name: str, role: Role, folder: Path, parent: str | None) -> Subje
     )
 
 
-def _is_baseline(model: Artefact) -> bool:
-    """Whether a model was trained without the teacher (cross-entropy alone)."""
-    record = model.out / "training.json"
-    return record.exists() and json.loads(record.read_text())["loss"] == "ce"
-
-
 def _files(deployment: Artefact, parents: dict[str, Subject]) -> list[Subject]:
     record = json.loads((deployment.out / "deployment.json").read_text())
     digest, made_from = record["model"]["digest"], record["model"]["name"]
@@ -88,7 +83,7 @@ def assemble(teacher: ModelRef, models: Sequence[Artefact], deployments: Sequenc
     for model in models:
         if model.fingerprint in parents:  # the teacher, named in `from:`
             continue
-        role: Role = "baseline" if _is_baseline(model) else "student"
+        role: Role = "baseline" if is_baseline(training_record(model)) else "student"
         parents[model.fingerprint] = checkpoint(model.name, role, model.model().path, TEACHER)
     files = [file for deployment in deployments for file in _files(deployment, parents)]
     return [

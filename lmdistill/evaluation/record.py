@@ -31,6 +31,14 @@ def measured_ladder(ladder: Sequence[Mapping[str, Any]], speed: Mapping[str, Any
     return rows
 
 
+def with_rounds(rows: Sequence[Mapping[str, Any]], speed: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows with each timed figure's measurements, as gates compare them."""
+    return [
+        {**row, "rounds": {figure: speed[row["name"]][figure]["rounds"] for figure in TIMED if row["name"] in speed}}
+        for row in rows
+    ]
+
+
 def curves(models: Sequence[Artefact]) -> list[dict[str, Any]]:
     """Loss curves of the models' trainings, thinned to what a chart can show."""
     found = []

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from lmdistill.evaluation import gates, ladder, quality, record, speed
 from lmdistill.evaluation.heldout import HeldOut, read_heldout
+from lmdistill.evaluation.pairs import compare
 from lmdistill.evaluation.runtimes import RuntimeOptions
-from lmdistill.evaluation.scorer import RowSums, paired_gap
-from lmdistill.pipeline.stage import StageContext
+from lmdistill.evaluation.scorer import RowSums
+from lmdistill.pipeline.stage import Artefact, StageContext
 
 if TYPE_CHECKING:
     from lmdistill.stages.evaluate import EvaluateConfig
@@ -25,9 +26,9 @@ def evaluate(ctx: StageContext[EvaluateConfig]) -> dict[str, Any]:
     sums = quality.score_all(
         quality.QualityRun(subjects, heldout, ctx.work / "scores", "kl" in config.metrics, options, ctx.progress)
     )
-    figures = _quality(subjects, heldout, sums)
+    figures = _quality(subjects, models, heldout, sums)
     timed = _speed(ctx, subjects)
-    rows = record.measured_ladder(figures["ladder"], timed["rows"])
+    rows = record.with_rounds(record.measured_ladder(figures["ladder"], timed["rows"]), timed["rows"])
     signals = next(iter(ctx.inputs.get("signals", ())), None)
     record.write(
         ctx.out,
@@ -49,13 +50,10 @@ def evaluate(ctx: StageContext[EvaluateConfig]) -> dict[str, Any]:
     }
 
 
-def _quality(subjects: Sequence[ladder.Subject], heldout: HeldOut, sums: dict[str, RowSums]) -> dict[str, Any]:
+def _quality(
+    subjects: Sequence[ladder.Subject], models: Sequence[Artefact], heldout: HeldOut, sums: dict[str, RowSums]
+) -> dict[str, Any]:
     """What was scored, each row's figures, and students against baselines on the same predictions."""
-    pairs = []
-    for student in (row.name for row in subjects if row.role == "student"):
-        for baseline in (row.name for row in subjects if row.role == "baseline"):
-            gap, error = paired_gap(sums[student], sums[baseline])
-            pairs.append({"student": student, "baseline": baseline, "nll": gap, "nll_se": error})
     return {
         "split": heldout.split,
         "rows": heldout.rows,
@@ -63,7 +61,7 @@ def _quality(subjects: Sequence[ladder.Subject], heldout: HeldOut, sums: dict[st
         "predictions": heldout.predictions,
         "bytes": int(heldout.bytes_R.sum()),
         "ladder": quality.describe(subjects, sums),
-        "pairs": pairs,
+        "pairs": compare(models, sums),
     }
 
 

@@ -43,8 +43,8 @@ class SpeedPlan:
     device: str = "cpu"
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least, greatest and the quartiles of repeated measurements."""
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, least, greatest and the quartiles of repeated measurements, and those themselves, in order."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {
         "median": statistics.median(values),
@@ -52,6 +52,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         "max": max(values),
         "q1": low,
         "q3": high,
+        "rounds": list(values),
     }
 
 

@@ -89,6 +89,11 @@ class SignalsReader:
         return self.manifest.digest
 
     @property
+    def corpus_digest(self) -> str:
+        """Identity of the split's tokens and flags, whoever scored them."""
+        return self.manifest.splits[self.split].corpus_digest
+
+    @property
     def statistics(self) -> dict[str, float | int | None]:
         """What the writer measured on this split (head_mass, teacher_nll, …; see docs/signals.md)."""
         return self.manifest.splits[self.split].statistics

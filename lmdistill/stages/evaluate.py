@@ -58,7 +58,7 @@ class EvaluateStage(Stage[EvaluateConfig]):
     """Scores and times every artefact of the recipe; `gates` decide whether the run is good enough."""
 
     name = "evaluate"
-    version = 1
+    version = 2
     Config = EvaluateConfig
     inputs = (
         Input("corpus", ("corpus",)),
@@ -119,11 +119,12 @@ def _missing_runtimes(ctx: PreflightContext[EvaluateConfig]) -> Iterable[Lmdisti
 def _missing_split(ctx: PreflightContext[EvaluateConfig]) -> Iterable[LmdistillError]:
     """A split that the corpus to come will not have."""
     for corpus in ctx.inputs.get("corpus", ()):
-        if getattr(corpus.config, "valid_fraction", None) == 0 and ctx.config.split == "valid":
+        key = f"{ctx.config.split}_fraction"  # of the splits that are held out
+        if getattr(corpus.config, key, None) == 0:
             yield PreflightError(
-                f"stage '{ctx.name}': the corpus '{corpus.name}' will have no split 'valid'",
-                why="its valid_fraction is 0",
-                fix=f"raise `valid_fraction` of '{corpus.name}', or name another `split`",
+                f"stage '{ctx.name}': the corpus '{corpus.name}' will have no split '{ctx.config.split}'",
+                why=f"its {key} is 0",
+                fix=f"raise `{key}` of '{corpus.name}', or name another `split`",
             )
         cached = getattr(corpus.config, "splits", None)  # of a teacher cache that is there already
         if cached and ctx.config.split not in cached:

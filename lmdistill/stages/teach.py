@@ -369,7 +369,7 @@ def _check_k(k: int, vocabulary: int) -> None:
 def _check_splits(ctx: PreflightContext[TeachConfig]) -> None:
     corpus, wanted = ctx.one("corpus"), ctx.config.splits
     if corpus.artefact is None:
-        known = ["train", "valid"]
+        known = ["train", "valid", *(["test"] if getattr(corpus.config, "test_fraction", 0) else [])]
     else:
         known = [*json.loads((corpus.artefact.out / "corpus.json").read_text())["splits"]]
     unknown = [split for split in wanted if split not in known]
@@ -388,5 +388,8 @@ def _tokens(ctx: PreflightContext[TeachConfig]) -> int | None:
         meta = json.loads((corpus.artefact.out / "corpus.json").read_text())
         rows: list[int] = [meta["splits"][name]["rows"] for name in ctx.config.splits]
         return sum(rows) * int(meta["sequence_length"])
-    caps: list[int | None] = [getattr(corpus.config, f"{name}_tokens", None) for name in ctx.config.splits]
+    caps: list[int | None] = [
+        getattr(corpus.config, "train_tokens" if name == "train" else "valid_tokens", None)
+        for name in ctx.config.splits
+    ]
     return sum(cap for cap in caps if cap is not None) if None not in caps else None

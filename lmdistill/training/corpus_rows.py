@@ -33,7 +33,8 @@ class CorpusRows:
     def __init__(self, folder: Path, split: str = "train") -> None:
         corpus = CorpusReader(folder)
         self.folder, self._split = corpus.folder, corpus.split(split)
-        self.digest, self.row_tokens = corpus.digest(split), corpus.meta.sequence_length
+        self.digest = self.corpus_digest = corpus.digest(split)
+        self.row_tokens = corpus.meta.sequence_length
         self.manifest = CorpusAbout(corpus.meta.packing, corpus.meta.tokenizer_digest)
 
     @property

@@ -80,6 +80,7 @@ def train(reader: Reader, config: DistillConfig, place: Place, progress: Progres
     save_model(model.float(), place.output, tokenizer_from=place.student)
     parts = ["kd", "ce", *(one["name"] for one in compared)]
     record = _record(reader, config, trainer, frozen, model, parts) | {"settings": settings} | estimate
+    record |= {"start": place.student_digest, "text": reader.corpus_digest}
     paced = curriculum_record(config.curriculum, trainer.batches.order_N, place.work)
     return record | recorded(compared, place.student) | paced
 

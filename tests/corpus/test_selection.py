@@ -44,6 +44,18 @@ def test_no_group_straddles_train_and_valid(pairs: list[tuple[str, str]], fracti
     assert sorted([*split["train"], *split["valid"]]) == list(range(len(pairs)))
 
 
+@given(NAMES, st.floats(0, 0.5), st.floats(0.001, 0.499))
+def test_a_test_split_shares_no_group_and_leaves_valid_as_it_was(
+    pairs: list[tuple[str, str]], valid: float, test: float
+) -> None:
+    documents, everything = documents_of(pairs), np.arange(len(pairs), dtype=np.int64)
+    split = split_by_group(documents, everything, valid, test)
+    groups = [{pairs[i][1] for i in split[name]} for name in ("train", "valid", "test")]
+    assert sum(map(len, groups)) == len({group for _, group in pairs})
+    assert split["valid"].tolist() == split_by_group(documents, everything, valid)["valid"].tolist()
+    assert sorted(np.concatenate([*split.values()])) == list(range(len(pairs)))
+
+
 @given(NAMES, st.floats(0, 0.999), NAMES)
 def test_more_data_moves_no_document_to_the_other_side(
     pairs: list[tuple[str, str]], fraction: float, more: list[tuple[str, str]]

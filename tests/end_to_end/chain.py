@@ -46,7 +46,7 @@ stages:
     name: ce
     from: [student, teach]
     loss: ce
-    tokens: 2048
+    tokens: 8192
     batch_rows: 4
     log_steps: 4
   - stage: export

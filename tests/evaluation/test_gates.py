@@ -73,6 +73,44 @@ def test_a_gate_compares_a_figure_with_its_limit(keys: dict[str, Any], limit: fl
     assert result.passed is passed
 
 
+SPEED_GATE = {"of": "a", "metric": "decode_tps", "at_least": {"of": "b", "times": 1.5}}
+
+
+def test_speeds_of_the_same_rounds_are_compared_round_by_round() -> None:
+    """Both files are slow in one round and fast in another: the ratio stays, the medians would say 0.75."""
+    ours, others = [160.0, 16.0, 16.0], [100.0, 100.0, 10.0]
+    ladder = [
+        {"name": "a", "decode_tps": 16.0, "rounds": {"decode_tps": ours}},
+        {"name": "b", "decode_tps": 100.0, "rounds": {"decode_tps": others}},
+    ]
+    (result,) = check([gate(**SPEED_GATE)], ladder)
+    assert result.passed and result.measured == pytest.approx(1.6) and result.limit == 1.5
+    assert result.quartiles == pytest.approx((0.88, 1.6))
+    assert "measured 1.6 times (quartiles 0.88 to 1.6 of the rounds), limit 1.5" in result.shown()
+
+
+@given(st.lists(st.floats(1, 1e3), min_size=2, max_size=9), st.floats(1.01, 3))
+def test_a_file_faster_in_every_round_by_more_than_the_limit_passes_whatever_drifts(
+    drift: list[float], faster: float
+) -> None:
+    ladder = [
+        {"name": "a", "decode_tps": 0.0, "rounds": {"decode_tps": [faster * 1.5 * pace for pace in drift]}},
+        {"name": "b", "decode_tps": 1.0, "rounds": {"decode_tps": drift}},
+    ]
+    assert check([gate(**SPEED_GATE)], ladder)[0].passed
+    slower = {**SPEED_GATE, "at_least": {"of": "b", "times": 1.5 * faster * 1.01}}
+    assert not check([gate(**slower)], ladder)[0].passed
+
+
+def test_rounds_of_unequal_number_are_not_paired() -> None:
+    ladder = [
+        {"name": "a", "decode_tps": 20.0, "rounds": {"decode_tps": [20.0, 20.0]}},
+        {"name": "b", "decode_tps": 10.0, "rounds": {"decode_tps": [10.0]}},
+    ]
+    (result,) = check([gate(**SPEED_GATE)], ladder)
+    assert result.quartiles is None and result.limit == 15.0 and result.passed
+
+
 @given(st.floats(-10, 10), st.floats(-10, 10), st.floats(-3, 3), st.floats(-3, 3))
 def test_the_limit_is_times_then_plus(measured: float, other: float, times: float, plus: float) -> None:
     """For all figures: passed means measured ≤ other × times + plus."""
