@@ -32,9 +32,9 @@ def number(value: float | None, spec: str, scale: float = 1.0) -> str:
 
 def ladder_row(row: dict[str, Any]) -> list[str]:
     """The cells of one subject."""
-    kl_to_parent = row["kl_to_parent"]
+    kl_to_parent, wider = row["kl_to_parent"], row["fallback_share"]
     return [
-        row["name"],
+        row["name"] + (f" ({wider:.0%} in wider types)" if wider else ""),
         number(row["nll"], ".3f"),
         number(row["bits_per_byte"], ".3f"),
         number(row["kl_to_teacher"], ".3f"),

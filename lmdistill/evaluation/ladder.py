@@ -32,6 +32,7 @@ class Subject:
     parent: str | None  # the row it is compared with; None for the teacher
     params: int
     file_bytes: int
+    fallback_share: float | None = None  # of a file's weights, in wider types than its format's name says
 
 
 def checkpoint(name: str, role: Role, folder: Path, parent: str | None) -> Subject:
@@ -68,10 +69,9 @@ def _files(deployment: Artefact, parents: dict[str, Subject]) -> list[Subject]:
         if path.suffix in FILE_RUNTIMES:
             row = f"{deployment.name}/{entry['format']}"
             size = path.stat().st_size
+            runtime, share = FILE_RUNTIMES[path.suffix], entry.get("fallback_share")
             subjects.append(
-                Subject(
-                    row, "file", FILE_RUNTIMES[path.suffix], entry["format"], path, parent.name, parent.params, size
-                )
+                Subject(row, "file", runtime, entry["format"], path, parent.name, parent.params, size, share)
             )
     return subjects
 

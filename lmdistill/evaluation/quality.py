@@ -110,6 +110,7 @@ def describe(subjects: Sequence[Subject], sums: dict[str, RowSums]) -> list[dict
                 "parent": subject.parent,
                 "params": subject.params,
                 "file_bytes": subject.file_bytes,
+                "fallback_share": subject.fallback_share,
                 **summarise(sums[subject.name]),
                 "nll_gap": gap,
                 "nll_gap_se": gap_error,

@@ -49,11 +49,14 @@ def _print_table(plan: Plan, found: Findings, console: Console) -> None:
     for step in plan.steps:
         table.add_row(*_row(step, found.estimates.get(step.name, Estimate())))
     console.print(table)
-    seconds = [found.estimates[s.name].seconds for s in plan.running() if s.name in found.estimates]
+    running = plan.running()
+    seconds = [found.estimates.get(step.name, Estimate()).seconds for step in running]
     known = [value for value in seconds if value is not None]
-    if known:
-        more = "" if len(known) == len(plan.running()) else ", and what is not known yet"
-        console.print(f"about {duration(sum(known))}{more}", highlight=False)
+    if running and len(known) == len(running):
+        console.print(f"about {duration(sum(known))}", highlight=False)
+    elif running:  # a sum of the small ones would read as the whole
+        unknown = len(running) - len(known)
+        console.print(f"time is not known yet of {unknown} of {len(running)} stages", highlight=False)
 
 
 def _row(step: Step, estimate: Estimate) -> list[str]:

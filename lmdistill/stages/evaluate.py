@@ -15,6 +15,7 @@ from lmdistill.pipeline.stage import Estimate, Input, ModelRef, PreflightContext
 
 TEACHER = "teacher"
 LOGIT_COPIES = 3  # of a sequence in memory at once: the model's, its log-probabilities, the predictions that count
+PACED_WEIGHTS = 2.7e8  # bytes of the model whose pace `estimate` knows
 REFERENCES = 2  # on disk at once: the teacher's and one parent's
 
 
@@ -82,15 +83,16 @@ class EvaluateStage(Stage[EvaluateConfig]):
         """Scoring at the pace of a small model on two cores, and the scratch references."""
         files = sum(len(_formats(planned.config)) or 1 for planned in ctx.inputs.get("deployments", ()))
         rows, speed = 1 + len(ctx.inputs.get("models", ())) + files, ctx.config.speed
-        seconds = rows * ctx.config.tokens / 400
+        here = ctx.teacher is not None and (ctx.teacher.path / "config.json").exists()
+        weights = sum(file.stat().st_size for file in ctx.teacher.path.glob("*.safetensors")) if here else 0
+        larger = max(1.0, weights / PACED_WEIGHTS)  # files are mostly of students: not more than this
+        seconds = larger * rows * ctx.config.tokens / 400
         if "speed" in ctx.config.metrics:
-            seconds += files * (speed.repeats + 1) * (speed.prefill / 600 + speed.decode / 80)
-        return Estimate(
-            seconds,
-            _reference_bytes(ctx),
-            _memory_bytes(ctx),
-            note=f"{rows} rows of the ladder; time for a 0.1 B model",
+            seconds += larger * files * (speed.repeats + 1) * (speed.prefill / 600 + speed.decode / 80)
+        note = f"{rows} rows of the ladder; " + (
+            "time at most, on two cores" if here else "time: known with the teacher"
         )
+        return Estimate(seconds if here else None, _reference_bytes(ctx), _memory_bytes(ctx), note)
 
     def run(self, ctx: StageContext[EvaluateConfig]) -> dict[str, Any]:
         """Score, then time, then write evaluation.json; the metrics are the deterministic half."""

@@ -87,15 +87,17 @@ class StudentStage(Stage[StudentConfig]):
 
     def estimate(self, ctx: PreflightContext[StudentConfig]) -> Estimate:
         """From the shapes of teacher and student where one is grown from the other."""
-        if ctx.config.init != "grow":
-            return Estimate(30, 400_000_000, 2_000_000_000)
+        if ctx.config.init == "checkpoint":
+            return Estimate(30, note="disk and memory: the checkpoint's in float32")
         if ctx.teacher is None or not (ctx.teacher.path / "config.json").exists():
             return Estimate(note="known when the teacher is on this machine")
         from lmdistill.deployment.planned import planned_parameters
-        from lmdistill.students.cost import of_growing
+        from lmdistill.students.cost import of_growing, of_random
 
         teacher = json.loads((ctx.teacher.path / "config.json").read_text())
         parameters = planned_parameters(ctx.config.model_dump(), teacher)
+        if ctx.config.init == "random":
+            return of_random(parameters or 0)
         length = getattr(ctx.one("corpus").config, "sequence_length", 1024)
         return of_growing(ctx.config, teacher, parameters or 0, length)
 

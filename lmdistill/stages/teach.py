@@ -27,14 +27,13 @@ from lmdistill.pipeline.stage import (
 )
 from lmdistill.signals.variants import TOOLS
 from lmdistill.teachers.registry import ENGINES, check_engine, create_engine, tools_of
-from lmdistill.teachers.sampling_keys import SAMPLED, draw_keys, stray_keys
+from lmdistill.teachers.sampling_keys import SAMPLED, stray_keys
 from lmdistill.teachers.speaker import ROLE, planned_speaker, speaker
 from lmdistill.teachers.token_maps import check_same_tokens, real_vocabulary, token_map
 from lmdistill.teachers.vllm_options import EndpointOptions, VllmOptions
 
 if TYPE_CHECKING:
     from lmdistill.corpus.format import CorpusReader
-    from lmdistill.signals.format import Layout
     from lmdistill.signals.shard_work import Executor
     from lmdistill.teachers.engine import EngineOptions
     from lmdistill.teachers.engine_parity import Proof
@@ -174,11 +173,17 @@ class TeachStage(Stage[TeachConfig]):
             parameters, memory = planned_load(ctx, ctx.teacher)
             if tokens is not None:
                 from lmdistill.signals import variant as variants
+                from lmdistill.teachers.planned import layout_of
 
-                layout = _layout(ctx.config, 1, real_vocabulary(token_map(ctx.teacher.path)), ctx.teacher)
+                layout = layout_of(ctx.config, 1, real_vocabulary(token_map(ctx.teacher.path)), ctx.teacher)
                 disk = tokens * (variants.get(layout.variant).bytes_bound(layout) + layout.beside)
                 seconds = tokens * 2 * parameters / CPU_FLOPS
-        return Estimate(seconds, disk, memory, note="time on two CPU cores in bfloat16; a GPU takes far less")
+        note = "time on two CPU cores in bfloat16; a GPU takes far less"
+        if ctx.teacher is None and tokens is not None:
+            from lmdistill.teachers.planned import note_without_teacher
+
+            note = note_without_teacher(ctx.config, tokens)
+        return Estimate(seconds, disk, memory, note)
 
     def run(self, ctx: StageContext[TeachConfig]) -> dict[str, Any]:
         """Score what is missing; figures of each split."""
@@ -186,7 +191,7 @@ class TeachStage(Stage[TeachConfig]):
         from lmdistill.signals.capture import Capture
         from lmdistill.teachers.ensemble_members import bring_members, check_members
         from lmdistill.teachers.opening import open_engine
-        from lmdistill.teachers.planned import who_speaks
+        from lmdistill.teachers.planned import layout_of, who_speaks
 
         ctx = replace(ctx, teacher=speaker(ctx))
         corpus, teacher = CorpusReader(ctx.one("corpus").out), ctx.need_teacher()
@@ -199,7 +204,7 @@ class TeachStage(Stage[TeachConfig]):
             folder=ctx.out,
             corpus=corpus,
             splits=ctx.config.splits,
-            layout=_layout(ctx.config, corpus.meta.sequence_length, corpus.meta.vocab_size, teacher),
+            layout=layout_of(ctx.config, corpus.meta.sequence_length, corpus.meta.vocab_size, teacher),
             teacher=who_speaks(ctx.config, [teacher, *others], _version(ctx.config)),
             open_engine=partial(
                 open_engine,
@@ -239,20 +244,6 @@ class TeachStage(Stage[TeachConfig]):
                 raise IntegrityError(
                     f"no teacher can have said this of split '{split}'", why=f"head mass {mass}, loss {nll} nats"
                 )
-
-
-def _layout(config: TeachConfig, row_tokens: int, vocab_size: int, teacher: ModelRef) -> Layout:
-    """What the configuration makes of rows of `row_tokens` tokens."""
-    from lmdistill.signals.format import Layout
-    from lmdistill.signals.sampling import Sampling
-    from lmdistill.teachers.planned import hidden_of
-
-    if config.variant == SAMPLED:
-        sampling = Sampling(*draw_keys(config))
-        return Layout(row_tokens, sampling.draws, vocab_size, config.variant, sampling=sampling)
-    k_min = config.k_min if config.top_p is not None else None
-    hidden = hidden_of(config, teacher)
-    return Layout(row_tokens, config.k, vocab_size, config.variant, top_p=config.top_p, k_min=k_min, hidden=hidden)
 
 
 def _version(config: TeachConfig) -> str:

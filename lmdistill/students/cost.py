@@ -10,6 +10,8 @@ CPU_FLOPS = 1.6e11  # of two cores with AVX512-BF16, measured on a teacher of 13
 SCORED_SHARE = 0.6  # of the teacher's blocks run for one candidate: those above the change, and the head
 BASE_SECONDS, BASE_MEMORY = 20, 1_500_000_000  # loading, torch, log-probs of the selection rows, hidden states
 
+RANDOM_PER_SECOND, RANDOM_MEMORY = 5e7, 600_000_000  # weights drawn and written; torch and transformers by themselves
+
 
 def candidates(config: Any, teacher_layers: int) -> int:
     """How many plans are scored: every block in the first round, `selection_width` of them in each later one."""
@@ -34,3 +36,9 @@ def of_growing(config: Any, teacher: dict[str, Any], parameters: int, row_tokens
         int(memory),
         f"{parameters / 1e6:,.0f} M parameters; time on two CPU cores",
     )
+
+
+def of_random(parameters: int) -> Estimate:
+    """Weights drawn, held once and written in float32."""
+    seconds = BASE_SECONDS + parameters / RANDOM_PER_SECOND
+    return Estimate(seconds, 4 * parameters, 4 * parameters + RANDOM_MEMORY, f"{parameters / 1e6:,.0f} M parameters")

@@ -15,8 +15,10 @@ from lmdistill.signals.hidden_plan import check_hidden, hidden_layout, hidden_me
 from lmdistill.teachers.ensemble import check_ensemble
 from lmdistill.teachers.ensemble_members import check_members, ensemble_info, members_here
 from lmdistill.teachers.registry import ENGINES
+from lmdistill.teachers.sampling_keys import SAMPLED, draw_keys
 
 if TYPE_CHECKING:
+    from lmdistill.signals.format import Layout
     from lmdistill.stages.teach import TeachConfig
 
 WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes a parameter
@@ -71,6 +73,29 @@ def check_planned_hidden(ctx: PreflightContext[TeachConfig]) -> None:
 def hidden_of(config: TeachConfig, teacher: ModelRef) -> HiddenLayout | None:
     """The hidden states that will be stored; None where none are asked for."""
     return hidden_layout(config.hidden_layers, config.hidden_dtype, teacher.path)
+
+
+def layout_of(config: TeachConfig, row_tokens: int, vocab_size: int, teacher: ModelRef | None) -> Layout:
+    """What the configuration makes of rows of `row_tokens` tokens; no hidden states where the teacher is not known."""
+    from lmdistill.signals.format import Layout
+    from lmdistill.signals.sampling import Sampling
+
+    if config.variant == SAMPLED:
+        sampling = Sampling(*draw_keys(config))
+        return Layout(row_tokens, sampling.draws, vocab_size, config.variant, sampling=sampling)
+    k_min = config.k_min if config.top_p is not None else None
+    hidden = None if teacher is None else hidden_of(config, teacher)
+    return Layout(row_tokens, config.k, vocab_size, config.variant, top_p=config.top_p, k_min=k_min, hidden=hidden)
+
+
+def note_without_teacher(config: TeachConfig, tokens: int) -> str:
+    """What is known of a cache's size before its teacher is: ids are taken for 16 bits wide."""
+    from lmdistill.pipeline.display import size
+    from lmdistill.signals import variant as variants
+
+    layout = layout_of(config, 1, 65_536, None)
+    disk = size(tokens * variants.get(layout.variant).bytes_bound(layout))
+    return f"about {disk} of disk for {tokens:,} tokens at a vocabulary of 65,536 or less; time: known with the teacher"
 
 
 def planned_load(ctx: PreflightContext[TeachConfig], teacher: ModelRef) -> tuple[int, int]:

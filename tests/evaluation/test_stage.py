@@ -103,12 +103,14 @@ def test_gates_that_can_be_held_pass(tmp_path: Path) -> None:
     assert preflight(EvaluateConfig.model_validate({"gates": gates}), tmp_path / "not" / "there" / "yet") == []
 
 
-@pytest.mark.parametrize(("fraction", "split", "told"), [(0, "valid", 1), (0, "train", 0), (0.1, "valid", 0)])
+@pytest.mark.parametrize(
+    ("fraction", "split", "told"), [(0, "valid", 1), (0, "train", 0), (0.1, "valid", 0), (0.1, "test", 1)]
+)
 def test_a_split_that_the_corpus_will_not_have_is_told(tmp_path: Path, fraction: float, split: str, told: int) -> None:
     keys = {"sources": [{"source": "a.txt"}], "valid_fraction": fraction}
     corpus = Planned("corpus", "corpus", "corpus", "1", CorpusConfig.model_validate(keys))
     ctx = PreflightContext("evaluate", EvaluateConfig(split=split), {"corpus": [corpus]}, None, tmp_path)
-    assert len([error for error in EvaluateStage().preflight(ctx) if "no split 'valid'" in str(error)]) == told
+    assert len([error for error in EvaluateStage().preflight(ctx) if f"no split '{split}'" in str(error)]) == told
 
 
 @pytest.mark.parametrize(("name", "evaluated", "told"), [("ce", False, 1), ("ce", True, 0), ("teacher", False, 0)])

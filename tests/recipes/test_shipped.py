@@ -40,18 +40,23 @@ def test_every_key_has_a_comment_and_the_file_a_summary(name: str) -> None:
     assert load_recipe(RECIPES[name]).name == name
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_plans_with_no_network_and_fetches_nothing(name: str, tmp_path: Path) -> None:
-    trace, cache = tmp_path / "trace", tmp_path / "cache"
-    (tmp_path / "sitecustomize.py").write_text(NO_NETWORK.format(trace=str(trace)))
-    done = subprocess.run(
+def _planned(folder: Path, name: str) -> subprocess.CompletedProcess[str]:
+    """`lmdistill pipeline NAME --dry-run` with an empty cache and no network."""
+    (folder / "sitecustomize.py").write_text(NO_NETWORK.format(trace=str(folder / "trace")))
+    return subprocess.run(
         [sys.executable, "-m", "lmdistill", "pipeline", name, "--dry-run"],
-        env={**os.environ, "LMDISTILL_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)},
-        cwd=tmp_path,
+        env={**os.environ, "LMDISTILL_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(folder)},
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_plans_with_no_network_and_fetches_nothing(name: str, tmp_path: Path) -> None:
+    trace, cache = tmp_path / "trace", tmp_path / "cache"
+    done = _planned(tmp_path, name)
     assert done.returncode == 0, done.stderr
     for step in load_recipe(name).entries:
         assert re.search(rf"^ +\d+ +{step.name} .* run ", done.stdout, re.MULTILINE), done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from pydantic import ValidationError
 from lmdistill.checkpoints import load_model
 from lmdistill.corpus.format import DOC_START, LOSS, CorpusMeta, SplitMeta, tokens_digest
 from lmdistill.errors import PreflightError
-from lmdistill.pipeline.stage import Artefact, ModelRef, PreflightContext, Runtime, StageContext
+from lmdistill.pipeline.stage import (
+    Artefact,
+    ModelRef,
+    Planned,
+    PreflightContext,
+    Runtime,
+    StageConfig,
+    StageContext,
+)
 from lmdistill.stages.student import StudentConfig, StudentStage
 
 STAGE = StudentStage()
@@ -135,3 +144,14 @@ def test_keys_that_contradict_each_other_are_refused() -> None:
         StudentConfig(layers=4, attention_layers=9)
     with pytest.raises(ValidationError, match="`source` goes with `init: checkpoint`"):
         StudentConfig(source="some/path")
+
+
+def test_a_random_student_is_estimated_from_its_keys(corpus: Artefact, teacher: ModelRef, tmp_path: Path) -> None:
+    """Four bytes a parameter on disk, whatever its width; nothing is claimed while the vocabulary is not known."""
+    keys = {"init": "random", "layers": 4, "attention_layers": 2, "hidden_size": 64, "intermediate_size": 128}
+    config = StudentConfig(**keys, heads=4, kv_heads=2)
+    planned = Planned("corpus", "corpus", "corpus", "1", StageConfig())
+    ctx = PreflightContext("student", config, {"corpus": [planned]}, teacher, tmp_path)
+    made = _run(tmp_path, corpus, teacher, **keys, heads=4, kv_heads=2)
+    assert STAGE.estimate(ctx).disk_bytes == 4 * made["parameters"]
+    assert STAGE.estimate(replace(ctx, teacher=None)).seconds is None

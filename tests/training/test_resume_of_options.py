@@ -58,12 +58,26 @@ train_toy(Path(sys.argv[2]), signals, student, **json.loads(sys.argv[5]))
 """
 
 
-def test_killed_with_all_options_on_the_same_command_ends_with_the_same_bytes(
-    signals: Artefact, student: Artefact, tmp_path: Path
-) -> None:
+def all_options() -> dict[str, Any]:
     keys = {**KEYS}
     for name, option in OPTIONS.items():
         keys |= option if name != "batch_tokens" else {}  # no curriculum goes with it
+    return keys
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param(all_options(), id="all_options"),
+        pytest.param({**KEYS, "compile": True}, id="compile", marks=needs_compiler),
+    ],
+)
+def test_killed_the_same_command_ends_with_the_same_bytes(
+    keys: dict[str, Any], signals: Artefact, student: Artefact, tmp_path: Path
+) -> None:
     train_toy(tmp_path / "whole", signals, student, **keys)
     arguments = [Path(__file__).parent, tmp_path / "killed", signals.path, student.path, json.dumps(keys)]
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, *map(str, arguments)])
