@@ -113,19 +113,23 @@ def _expectations(expected: dict[str, Any]) -> list[str]:
     return lines
 
 
+def write_between(readme: Path, first: str, last: str, text: str) -> None:
+    """Put `text`, which begins and ends with the marks, where they are; LmdistillError where they are not."""
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(first)
+    _, end, after = rest.partition(last)
+    if not (begin and end):
+        raise LmdistillError(f"{readme} has no place for the table", fix=f"put in the lines {first} and {last}")
+    readme.write_text(before + text + after, encoding="utf-8")
+
+
 def write_page(result: dict[str, Any], readme: Path, picture: Path) -> None:
     """Put table and plot in place; LmdistillError where the page has no marks to put them between."""
-    text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise LmdistillError(f"{readme} has no place for the table", fix=f"put in the lines {BEGIN} and {END}")
     picture.write_text(plot(result), encoding="utf-8")
     try:
         link = picture.resolve().relative_to(readme.resolve().parent).as_posix()
     except ValueError:  # elsewhere on the disk
         link = picture.resolve().as_uri()
-    readme.write_text(before + section(result, link) + after, encoding="utf-8")
+    write_between(readme, BEGIN, END, section(result, link))
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def _speed(ctx: StageContext[EvaluateConfig], subjects: Sequence[ladder.Subject]
     config, threads = ctx.config, ctx.runtime.threads or default_threads()
     targets = [
         speed.SpeedTarget(subject.name, subject.runtime, subject.path)
-        for subject in subjects
+        for subject in sorted(subjects, key=lambda subject: subject.format)  # what is compared runs close together
         if subject.role == "file" or config.checkpoint_speed
     ]
     sizes = config.speed.model_dump()
