@@ -83,8 +83,9 @@ class EvaluateStage(Stage[EvaluateConfig]):
         """Scoring at the pace of a small model on two cores, and the scratch references."""
         files = sum(len(_formats(planned.config)) or 1 for planned in ctx.inputs.get("deployments", ()))
         rows, speed = 1 + len(ctx.inputs.get("models", ())) + files, ctx.config.speed
-        here = ctx.teacher is not None and (ctx.teacher.path / "config.json").exists()
-        weights = sum(file.stat().st_size for file in ctx.teacher.path.glob("*.safetensors")) if here else 0
+        teacher = ctx.teacher.path if ctx.teacher is not None else None
+        here = teacher is not None and (teacher / "config.json").exists()
+        weights = sum(file.stat().st_size for file in teacher.glob("*.safetensors")) if teacher and here else 0
         larger = max(1.0, weights / PACED_WEIGHTS)  # files are mostly of students: not more than this
         seconds = larger * rows * ctx.config.tokens / 400
         if "speed" in ctx.config.metrics:
