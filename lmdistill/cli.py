@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from lmdistill.cli_cache import cache_app
+from lmdistill.cli_profile import profile_device
 from lmdistill.cli_recommend import recommend
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 app.command()(recommend)
+app.command()(profile_device)
 
 
 def _version(show: bool) -> None:

@@ -69,18 +69,34 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> None:
         )
 
 
-class Encoding(Protocol):
+class Declaration(Protocol):
+    """What tensors look like in a file."""
+
+    def declaration(self, source: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Any, int, Any]:
+        """Shape, numpy type, bytes and GGML type (None: by the numpy type) of the checkpoint's tensor `source`."""
+
+
+class Encoding(Declaration, Protocol):
     """How tensors are stored in a file."""
 
     @property
     def file_type(self) -> Any:
         """The file's type in its metadata, a `gguf.LlamaFileType`."""
 
-    def declaration(self, source: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Any, int, Any]:
-        """Shape, numpy type, bytes and GGML type (None: by the numpy type) of the checkpoint's tensor `source`."""
-
     def encode(self, source: str, tensor: Any) -> Any:
         """The array to write for a finite float32 torch tensor laid out as llama.cpp wants it."""
+
+
+def stored_as(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Any, int, Any]:
+    """An encoding's declaration of a tensor of `shape` in GGML's type `kind`; one of blocks is declared as bytes."""
+    import gguf
+    import numpy as np
+
+    type_ = gguf.GGMLQuantizationType[kind.upper()]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
+    stored = (*shape[:-1], shape[-1] // block * block_bytes)
+    size = int(np.prod(stored))
+    return (shape, np.dtype(np.float32), size, type_) if block == 1 else (stored, np.dtype(np.uint8), size, type_)
 
 
 class FloatEncoding:
@@ -142,7 +158,7 @@ def write_gguf(folder: Path, target: Path, encoding: Precision | Encoding, *, na
     vocabulary.add_to(writer)
     with open_checkpoint(folder) as checkpoint:
         check_tensors(architecture, checkpoint)
-        _declare(writer, architecture, stored)
+        declare(writer, architecture, stored)
         try:
             writer.write_header_to_file(path=target)
             writer.write_kv_data_to_file()
@@ -153,7 +169,7 @@ def write_gguf(folder: Path, target: Path, encoding: Precision | Encoding, *, na
             writer.close()
 
 
-def _declare(writer: Any, architecture: Architecture, encoding: Encoding) -> None:
+def declare(writer: Any, architecture: Architecture, encoding: Declaration) -> None:
     """Tell the writer every tensor's name, shape and size before the first one is written."""
     import numpy as np
 

@@ -10,6 +10,7 @@ Axes: T tokens of one sequence, C tokens of one chunk, V vocabulary.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import time
 from collections import deque
@@ -63,10 +64,12 @@ def take_log() -> list[str]:
 
 
 def default_threads() -> int:
-    """The physical cores this process may use."""
+    """The physical cores this process may use; all it may use where psutil is not there to tell (a phone)."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if importlib.util.find_spec("psutil") is None:
+        return usable
     import psutil
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lmdistill.deployment.architectures import Architecture, architecture_of
 from lmdistill.deployment.gguf_header import TensorInfo, read_tensors
-from lmdistill.deployment.gguf_writer import open_checkpoint, read_config, write_gguf
+from lmdistill.deployment.gguf_writer import open_checkpoint, read_config, stored_as, write_gguf
 from lmdistill.errors import IntegrityError
 from lmdistill.quantization.placement import Placement
 
@@ -44,14 +44,7 @@ class PackedEncoding:
 
     def declaration(self, source: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Any, int, Any]:
         """Shape, numpy type, size in bytes and GGML type of a tensor."""
-        import gguf
-        import numpy as np
-
-        kind = gguf.GGMLQuantizationType[self.kind(source).upper()]
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        stored = (*shape[:-1], shape[-1] // block * block_bytes)
-        size = int(np.prod(stored))
-        return (shape, np.dtype(np.float32), size, kind) if block == 1 else (stored, np.dtype(np.uint8), size, kind)
+        return stored_as(self.kind(source), shape)
 
     def encode(self, source: str, tensor: Any) -> Any:
         """A tensor's bytes; raises IntegrityError where a weight does not lie where it should."""

@@ -11,7 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,17 +114,36 @@ class Worker:
             self._process.communicate()
 
 
-def measure(
+@dataclass(frozen=True)
+class Task:
+    """What every file does once in each round."""
+
+    name: str
+    phase: Phase
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What one file did: seconds of each task, round by round, and its process's peak memory."""
+
+    seconds: dict[str, list[float]]
+    peak_rss_bytes: int
+
+
+def time_in_turns(
     targets: Sequence[SpeedTarget],
     plan: SpeedPlan,
+    tasks: Sequence[Task],
     logs: Path,
     on_round: Callable[[int], None] = lambda done: None,
-) -> dict[str, dict[str, Any]]:
-    """Tokens a second and peak memory of each target by name; the first, untimed round warms every model up."""
+) -> dict[str, Timed]:
+    """Seconds of each task of each target by name; the first, untimed round warms every model up.
+
+    The sizes in `plan` only say how long the longest sequence is.
+    """
     logs.mkdir(parents=True, exist_ok=True)
-    sizes: Mapping[Phase, int] = {"prefill": plan.prefill, "decode": plan.decode}
-    rates: dict[str, dict[Phase, list[float]]] = {target.name: {"prefill": [], "decode": []} for target in targets}
-    peaks: dict[str, float] = {}
+    seconds: dict[str, dict[str, list[float]]] = {t.name: {task.name: [] for task in tasks} for t in targets}
     with ExitStack() as stack:
         workers = [
             stack.enter_context(Worker(target, plan, logs / f"speed-{place:02d}.log"))
@@ -132,18 +151,29 @@ def measure(
         ]
         for turn in range(plan.repeats + 1):
             order = workers[::-1] if turn % 2 else workers  # who comes right after whom shall not favour anyone
-            for phase, tokens in sizes.items():
+            for task in tasks:
                 for worker in order:
-                    seconds = worker.ask(phase, tokens)
+                    taken = worker.ask(task.phase, task.tokens)
                     if turn > 0:
-                        rates[worker.target.name][phase].append(tokens / seconds)
+                        seconds[worker.target.name][task.name].append(taken)
             on_round(turn + 1)
-        peaks = {worker.target.name: worker.ask("peak_rss_bytes") for worker in workers}
+        peaks = {worker.target.name: int(worker.ask("peak_rss_bytes")) for worker in workers}
+    return {name: Timed(seconds[name], peaks[name]) for name in seconds}
+
+
+def measure(
+    targets: Sequence[SpeedTarget],
+    plan: SpeedPlan,
+    logs: Path,
+    on_round: Callable[[int], None] = lambda done: None,
+) -> dict[str, dict[str, Any]]:
+    """Tokens a second and peak memory of each target by name."""
+    tasks = (Task("prefill", "prefill", plan.prefill), Task("decode", "decode", plan.decode))
+    timed = time_in_turns(targets, plan, tasks, logs, on_round)
     return {
         name: {
-            "prefill_tps": spread(phases["prefill"]),
-            "decode_tps": spread(phases["decode"]),
-            "peak_rss_bytes": int(peaks[name]),
+            **{f"{task.name}_tps": spread([task.tokens / s for s in each.seconds[task.name]]) for task in tasks},
+            "peak_rss_bytes": each.peak_rss_bytes,
         }
-        for name, phases in rates.items()
+        for name, each in timed.items()
     }

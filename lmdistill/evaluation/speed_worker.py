@@ -22,11 +22,10 @@ def peak_rss_bytes() -> int:
     if status.exists():  # VmHWM belongs to this program; ru_maxrss would inherit the parent's peak through exec
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
-    import psutil
+    if sys.platform == "win32":
+        import psutil
 
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):
-        return int(memory.peak_wset)
+        return int(psutil.Process().memory_info().peak_wset)
     import resource
 
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS

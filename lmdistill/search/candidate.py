@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -79,8 +79,8 @@ class Candidate:
 
     @property
     def shape_digest(self) -> str:
-        """The same without the layers' sources: candidates that share it are equally fast and large."""
-        return _digest({**self.to_json(), "layers": self.operators})
+        """The same without the layers' sources and order: candidates that share it are equally fast and large."""
+        return _digest({**self.to_json(), "layers": sorted(self.operators)})
 
     def to_json(self) -> dict[str, Any]:
         """The candidate as JSON; layers as [source, operator]."""
@@ -163,6 +163,14 @@ class Candidate:
         if any(a >= b for a, b in zip(self.sources, self.sources[1:], strict=False)):
             found.append(("the teacher's blocks are not in their order, or one is there twice", "sort them"))
         return found + _block_problems(self, format_name)
+
+
+def of_unlike_shapes(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The first candidate of every shape, in order."""
+    first: dict[str, Candidate] = {}
+    for candidate in candidates:
+        first.setdefault(candidate.shape_digest, candidate)
+    return list(first.values())
 
 
 def _operator(name: str) -> Operator:

@@ -180,9 +180,11 @@ class Space:
 
     def problems_of(self, shape: Shape) -> list[Problem]:
         """What keeps a shape from shipping."""
-        return self.build(shape, spread(shape.depth, shape.attention, self.blocks, self.attention_at)).problems(
-            self.format_name
-        )
+        return self.evenly(shape).problems(self.format_name)
+
+    def evenly(self, shape: Shape) -> Candidate:
+        """The candidate of a shape whose blocks, and attention, are evenly spread over the teacher's."""
+        return self.build(shape, spread(shape.depth, shape.attention, self.blocks, self.attention_at))
 
     def build(self, shape: Shape, placement: Mapping[int, Operator]) -> Candidate:
         """The candidate of a shape whose layers inherit from the blocks in `placement`."""

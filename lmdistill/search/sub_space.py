@@ -7,13 +7,13 @@ tiny), each with a super-network and a search of its own.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
 from lmdistill.errors import LmdistillError
 from lmdistill.search.candidate import Candidate, Problem
-from lmdistill.search.placement import Fitter, draw, spread
+from lmdistill.search.placement import Fitter, draw
 from lmdistill.search.space import GENES, Cost, Shape, Space, shape_of
 
 WHOLE = "all"  # the name of the one sub-space where none is asked for
@@ -44,15 +44,15 @@ class SubSpace:
 
     def largest(self) -> Candidate:
         """The candidate with most parameters, its blocks evenly spread."""
-        return max(map(self._spread, self.shapes), key=lambda candidate: candidate.parameters)
+        return max(self.one_of_each_shape(), key=lambda candidate: candidate.parameters)
 
     def smallest(self) -> Candidate:
         """The candidate with fewest parameters, its blocks evenly spread."""
-        return min(map(self._spread, self.shapes), key=lambda candidate: candidate.parameters)
+        return min(self.one_of_each_shape(), key=lambda candidate: candidate.parameters)
 
-    def _spread(self, shape: Shape) -> Candidate:
-        space = self.space
-        return space.build(shape, spread(shape.depth, shape.attention, space.blocks, space.attention_at))
+    def one_of_each_shape(self) -> Iterator[Candidate]:
+        """A candidate of every shape, its blocks evenly spread: all that differ in cost."""
+        return map(self.space.evenly, self.shapes)
 
     def problems(self, candidate: Candidate) -> list[Problem]:
         """Why a candidate is none of this sub-space or cannot ship; nothing for what comes out of it."""
@@ -128,18 +128,20 @@ class SubSpace:
         return self.space.build(shape, self._fitter(rng).fit(placement, shape.depth, shape.attention))
 
 
+def whole(space: Space) -> SubSpace:
+    """The whole space as one sub-space; raises LmdistillError where it has no candidate."""
+    return SubSpace(WHOLE, space, space.shapes())
+
+
 def sub_spaces(space: Space, cost: Cost | None = None) -> list[SubSpace]:
     """The sub-spaces that the keys name, or the whole space as one; `cost` is needed where a band is by decode_ms.
 
     Raises LmdistillError where one has no candidate.
     """
-    shapes = space.shapes()
     if not space.keys.sub_spaces:
-        return [SubSpace(WHOLE, space, shapes)]
-    candidates = {
-        shape: space.build(shape, spread(shape.depth, shape.attention, space.blocks, space.attention_at))
-        for shape in shapes
-    }
+        return [whole(space)]
+    shapes = space.shapes()
+    candidates = {shape: space.evenly(shape) for shape in shapes}
     return [
         SubSpace(name, space, [shape for shape, candidate in candidates.items() if band.holds(candidate, cost)])
         for name, band in space.keys.sub_spaces.items()

@@ -106,11 +106,13 @@ def test_parameters_are_those_of_the_transformers_model(keys: dict[str, Any]) ->
         assert config.layer_types == candidate.shape_config()["layer_types"]
 
 
-def test_only_the_layers_sources_leave_the_shape_alike() -> None:
+def test_the_layers_sources_and_order_leave_the_shape_alike() -> None:
     sub = sub_spaces(space_of(KEYS))[0]
     one = sub.largest()
     moved = Candidate.from_json({**one.to_json(), "layers": [[s + 1, o] for s, o in one.to_json()["layers"]]})
-    assert one.shape_digest == moved.shape_digest and one.digest != moved.digest
+    turned = one.with_operators(one.operators[::-1])
+    for other in (moved, turned):
+        assert one.shape_digest == other.shape_digest and one.digest != other.digest
     assert one.shape_digest != sub.smallest().shape_digest
 
 

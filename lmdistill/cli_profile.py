@@ -1,0 +1,86 @@
+"""`lmdistill profile-device`: how fast a device is at each kind of work, here or on a machine that is elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lmdistill.search.keys import DeviceSearchConfig
+    from lmdistill.search.profile import Profile
+    from lmdistill.search.space import Space
+
+
+def profile_device(
+    recipe: Annotated[str, typer.Argument(help="A recipe with a search stage: its space, format and prompts.")],
+    request: Annotated[
+        Path | None, typer.Option(help="Write a request and its script here, for another device; time nothing.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The profile to write, for the recipe's `device:`.")] = Path(
+        "device_profile.json"
+    ),
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a key: stages.search.timing.rounds=4 (repeatable).")
+    ] = None,
+) -> None:
+    """Time random-weight students of a recipe's search space on this machine, or ask another one to.
+
+    Killed, the same command goes on. Examples: lmdistill profile-device recipes/lfm_search.yaml;
+    lmdistill profile-device recipes/lfm_search.yaml --request for_the_pi
+    """
+    from lmdistill.search.on_device import request_for
+
+    config, space = _search_of(recipe, overrides or [])
+    asked = request_for(space, config.timing)
+    if request is not None:
+        from lmdistill.search.portable import write_request
+
+        written, script = write_request(asked, request)
+        typer.echo(f"{written}: {len(asked.candidates)} shapes to time, as {config.timing.format}")
+        typer.echo("on the device: pip install llama-cpp-python gguf")
+        typer.echo(f"on the device: python {script.name} {written.name}")
+        return
+    from lmdistill.search.device import run
+
+    def report(done: int, total: int) -> None:
+        typer.echo(f"{done} of {total} timed", err=True)
+
+    _show(run(asked, out, out.with_name(f".{out.stem}"), report), out)
+
+
+def _search_of(recipe: str, overrides: list[str]) -> tuple[DeviceSearchConfig, Space]:
+    """The recipe's search stage and its space; raises RecipeError or PreflightError where there is none."""
+    import json
+
+    from lmdistill.assets import model_folder
+    from lmdistill.errors import PreflightError, RecipeError
+    from lmdistill.pipeline.stage import SilentProgress
+    from lmdistill.recipe import load_recipe
+    from lmdistill.search.keys import DeviceSearchConfig
+    from lmdistill.search.space import Space
+    from lmdistill.search.space_problems import problems
+
+    loaded = load_recipe(recipe, overrides)
+    configs = [entry.config for entry in loaded.entries if isinstance(entry.config, DeviceSearchConfig)]
+    if not configs or loaded.teacher is None:
+        lacks = "search stage" if not configs else "teacher"
+        raise RecipeError(f"{recipe} has no {lacks}", fix="take a recipe that searches, such as lfm_search")
+    folder = model_folder(loaded.teacher, SilentProgress()).path
+    config = configs[0]
+    space = Space(config.space, json.loads((folder / "config.json").read_text("utf-8")), config.timing.format)
+    if found := problems(space):
+        raise PreflightError(
+            "; ".join(what for what, _ in found), fix="; ".join(dict.fromkeys(fix for _, fix in found))
+        )
+    return config, space
+
+
+def _show(profile: Profile, out: Path) -> None:
+    from lmdistill.search.latency import LatencyModel
+
+    model = LatencyModel.fit(profile)
+    typer.echo(f"{out}: {len(profile.measured)} shapes on {profile.device['processor'] or profile.device['machine']}")
+    for name, fit in (("decode", model.decode), ("first token", model.prefill), ("memory", model.memory)):
+        typer.echo(f"{name}: nine of ten left-out shapes are foretold within {fit.half_width:.1%}")

@@ -1,0 +1,166 @@
+"""What a device was asked to time, and what it measured: two JSON files, the same for this machine and any other.
+
+A request names the candidates and how to time them; a profile adds the device and, for each candidate, the seconds of
+every task in every round beside those of the reference, a file that was open and timed in the same rounds. Ratios to
+it cancel what drifts: heat, clocks, other work.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lmdistill.errors import IntegrityError
+from lmdistill.search.candidate import Candidate
+
+VERSION = 1
+DECODE = "decode"
+
+
+def prefill_task(tokens: int) -> str:
+    """The name of the task that reads a prompt of so many tokens."""
+    return f"prefill_{tokens}"
+
+
+@dataclass(frozen=True)
+class TimingPlan:
+    """How candidates are timed."""
+
+    format: str = "q4_0"  # of the files, by llama.cpp's name: the one that will ship
+    prompts: tuple[int, ...] = (512,)  # tokens read before the first one comes out
+    decode: int = 32  # tokens of one burst of generation
+    rounds: int = 8  # in which the files take turns
+    together: int = 4  # files that are open beside the reference
+    threads: int | None = None  # null: the physical cores
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> TimingPlan:
+        """What `asdict` gave."""
+        return TimingPlan(**{**data, "prompts": tuple(data["prompts"])})
+
+    @property
+    def tasks(self) -> dict[str, int]:
+        """Tokens of every task by its name."""
+        return {**{prefill_task(tokens): tokens for tokens in self.prompts}, DECODE: self.decode}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a device shall time; the reference is timed with each group of candidates."""
+
+    plan: TimingPlan
+    reference: Candidate
+    candidates: tuple[Candidate, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The request as JSON."""
+        return {
+            "version": VERSION,
+            "plan": asdict(self.plan),
+            "reference": self.reference.to_json(),
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+        }
+
+    @staticmethod
+    def read(path: Path) -> Request:
+        """The request in a file; raises IntegrityError where it is none."""
+        data = _read(path, "profile request", ("plan", "reference", "candidates"))
+        return Request(
+            TimingPlan.from_json(data["plan"]),
+            Candidate.from_json(data["reference"]),
+            tuple(Candidate.from_json(each) for each in data["candidates"]),
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One candidate on the device: seconds of each task by round, and the reference's in the same rounds."""
+
+    candidate: Candidate
+    seconds: dict[str, list[float]]
+    reference: dict[str, list[float]]
+    peak_rss_bytes: int
+    file_bytes: int
+
+    def ratio(self, task: str) -> float:
+        """Median over the rounds of the candidate's time to the reference's."""
+        return statistics.median(a / b for a, b in zip(self.seconds[task], self.reference[task], strict=True))
+
+    def ratios(self, task: str) -> list[float]:
+        """The same ratio in every round, for its spread."""
+        return [a / b for a, b in zip(self.seconds[task], self.reference[task], strict=True)]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a profile."""
+        return {**asdict(self), "candidate": self.candidate.to_json()}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Measured:
+        """What `to_json` gave."""
+        return Measured(**{**data, "candidate": Candidate.from_json(data["candidate"])})
+
+
+@dataclass
+class Profile:
+    """All that a device measured, by the candidates' shapes."""
+
+    plan: TimingPlan
+    reference: Candidate
+    device: dict[str, Any]
+    measured: dict[str, Measured] = field(default_factory=dict)
+
+    @cached_property
+    def _reference_seconds(self) -> dict[str, float]:
+        return {
+            task: statistics.median(s for each in self.measured.values() for s in each.reference[task])
+            for task in self.plan.tasks
+        }
+
+    def seconds(self, measured: Measured, task: str) -> float:
+        """A candidate's time for a task, as it would be at the reference's median speed over the whole profile."""
+        return measured.ratio(task) * self._reference_seconds[task]
+
+    def add(self, measured: Iterable[Measured]) -> None:
+        """Take in more candidates."""
+        self.measured.update({each.candidate.shape_digest: each for each in measured})
+        self.__dict__.pop("_reference_seconds", None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The profile as JSON."""
+        return {
+            "version": VERSION,
+            "device": self.device,
+            "plan": asdict(self.plan),
+            "reference": self.reference.to_json(),
+            "measured": [each.to_json() for each in self.measured.values()],
+        }
+
+    @staticmethod
+    def read(path: Path) -> Profile:
+        """The profile in a file; raises IntegrityError where it is none."""
+        data = _read(path, "device profile", ("plan", "reference", "device", "measured"))
+        profile = Profile(TimingPlan.from_json(data["plan"]), Candidate.from_json(data["reference"]), data["device"])
+        profile.add(
+            Measured(**{**each, "candidate": Candidate.from_json(each["candidate"])}) for each in data["measured"]
+        )
+        return profile
+
+
+def _read(path: Path, what: str, keys: Sequence[str]) -> dict[str, Any]:
+    """A JSON file of this version with these keys."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise IntegrityError(f"there is no {what} {path}", fix="make one with `lmdistill profile-device`") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise IntegrityError(f"{path} is no {what}", why=str(error)) from error
+    if not isinstance(data, dict) or (missing := [key for key in keys if key not in data]):
+        raise IntegrityError(f"{path} is no {what}", why=f"it has no '{missing[0] if isinstance(data, dict) else ''}'")
+    if data.get("version") != VERSION:
+        raise IntegrityError(f"{path} is a {what} of version {data.get('version')}, not {VERSION}")
+    return data

@@ -1,0 +1,44 @@
+"""What a profile's file tells of a search before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from search.search_toys import known_profile, toy_space, toy_whole
+
+from lmdistill.search.design import spread_out
+from lmdistill.search.keys import DeviceSearchConfig
+from lmdistill.search.profile_checks import profile_problems
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("profile") / "pi.json"
+    path.write_text(json.dumps(known_profile(spread_out(toy_whole(), 20, 0), toy_whole().largest()).to_json()))
+    return str(path)
+
+
+def said(**keys: Any) -> list[str]:
+    return [problem.render() for problem in profile_problems(DeviceSearchConfig(**keys), toy_space())]
+
+
+def test_a_search_that_can_work_has_no_problem(profile: str) -> None:
+    assert said() == []
+    assert said(device=profile, budgets=["file_mb <= 100", "decode >= 1x teacher"]) == []
+
+
+def test_budgets_that_no_student_can_keep_are_said_from_the_profile(profile: str) -> None:
+    (text,) = said(device=profile, budgets=["decode >= 900x teacher"])
+    assert "no candidate" in text and "the nearest point is decode_tps" in text
+
+
+def test_a_missing_or_foreign_profile_is_said(profile: str, tmp_path: Path) -> None:
+    (text,) = said(device=str(tmp_path / "none.json"))
+    assert "there is no device profile" in text and "profile-device" in text
+    (text,) = said(device=profile, timing={"format": "q8_0"})
+    assert "in q4_0, timing.format is q8_0" in text
+    (text,) = said(device=profile, timing={"prompts": [512, 4096]}, budgets=["ttft_ms@4096 <= 9"])
+    assert "the profile has prompts of 512, 1024 tokens" in text
