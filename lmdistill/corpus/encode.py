@@ -10,6 +10,8 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,20 @@ class Encoder:
         return encoding.ids, targets
 
 
+@contextmanager
+def _same_environment() -> Iterator[None]:
+    """os.environ stays what it is: `datasets` leaves a copy in its place once it has worked in several processes."""
+    environment, before = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
+    try:
+        yield
+    finally:
+        os.environ = environment  # noqa: B003 - the very object that others hold, not a change of its content
+        if before is None:
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
 def encode(data: Any, source: Source, encoder: Encoder, work: Path, workers: int) -> Any:
     """`data` with every record encoded, cached in `work`; the result does not depend on `workers`.
 
@@ -140,16 +156,17 @@ def encode(data: Any, source: Source, encoder: Encoder, work: Path, workers: int
     key = Value("binary")
     features = {"ids": List(Value("uint32")), "targets": List(Value("bool")), "text_key": key, "group_key": key}
     work.mkdir(parents=True, exist_ok=True)
-    encoded = data.map(
-        encoder,
-        batched=True,
-        batch_size=BATCH,
-        num_proc=processes if processes > 1 else None,
-        remove_columns=data.column_names,
-        features=Features({**features, "success": Value("float32"), "problem": Value("string")}),
-        cache_file_name=str(work / "encoded.arrow"),
-        new_fingerprint=key_of([source.model_dump(), len(data)]).hex(),
-    )
+    with _same_environment():
+        encoded = data.map(
+            encoder,
+            batched=True,
+            batch_size=BATCH,
+            num_proc=processes if processes > 1 else None,
+            remove_columns=data.column_names,
+            features=Features({**features, "success": Value("float32"), "problem": Value("string")}),
+            cache_file_name=str(work / "encoded.arrow"),
+            new_fingerprint=key_of([source.model_dump(), len(data)]).hex(),
+        )
     for index, problem in enumerate(encoded["problem"]):
         if problem:
             raise PreflightError(

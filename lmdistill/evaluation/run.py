@@ -65,16 +65,21 @@ def _quality(
     }
 
 
+def timed_targets(subjects: Sequence[ladder.Subject], checkpoints: bool) -> list[speed.SpeedTarget]:
+    """Files, and checkpoints where asked, those of one format together: what is compared runs close in time."""
+    return [
+        speed.SpeedTarget(subject.name, subject.runtime, subject.path)
+        for subject in sorted(subjects, key=lambda subject: subject.format)
+        if subject.role == "file" or checkpoints
+    ]
+
+
 def _speed(ctx: StageContext[EvaluateConfig], subjects: Sequence[ladder.Subject]) -> dict[str, Any]:
     """Times of every file, and of checkpoints where the recipe asks; no rows where speed is not wanted."""
     from lmdistill.deployment.llama_cpp_runtime import default_threads
 
     config, threads = ctx.config, ctx.runtime.threads or default_threads()
-    targets = [
-        speed.SpeedTarget(subject.name, subject.runtime, subject.path)
-        for subject in sorted(subjects, key=lambda subject: subject.format)  # what is compared runs close together
-        if subject.role == "file" or config.checkpoint_speed
-    ]
+    targets = timed_targets(subjects, config.checkpoint_speed)
     sizes = config.speed.model_dump()
     if "speed" not in config.metrics or not targets:
         return {"threads": threads, **sizes, "rows": {}}

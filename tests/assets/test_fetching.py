@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -128,6 +130,16 @@ def test_a_package_that_pip_does_not_find_says_so(index: Path) -> None:
     with pytest.raises(AssetError, match=r"pip could not fetch toydata==2\.0") as caught:
         assets.fetch(AssetSpec(source="pypi:toydata==2.0/x"), SilentProgress())
     assert "No matching distribution" in str(caught.value)
+
+
+def test_a_process_that_fetched_can_still_import_setuptools(index: Path) -> None:
+    """As torch.compile does; it could not after `pip` had been looked up as a module."""
+    code = f"""from lmdistill import assets
+from lmdistill.asset_spec import AssetSpec
+from lmdistill.pipeline.stage import SilentProgress
+assets.fetch(AssetSpec(source={SOURCE!r}), SilentProgress())
+import setuptools"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def _fetch_and_count(queue: multiprocessing.Queue[tuple[str, int]]) -> None:

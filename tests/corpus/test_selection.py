@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,8 +104,10 @@ def numbered(count: int) -> list[dict[str, str]]:
 def test_workers_change_nothing(make: Make, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode_module, "RECORDS_PER_WORKER", 20)
     source = {"source": write(numbered(90)), "group": "book"}
+    environment, before = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
     one, two = (make(sources=[source], valid_fraction=0.3, workers=workers) for workers in (1, 2))
     assert hashes(one) == hashes(two)
+    assert os.environ is environment and os.environ.get("TOKENIZERS_PARALLELISM") == before
 
 
 def test_seeds_change_the_order_and_not_the_split(make: Make, write: Write) -> None:

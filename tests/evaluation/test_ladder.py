@@ -21,6 +21,7 @@ from lmdistill.errors import StageError
 from lmdistill.evaluation import heldout as heldout_module
 from lmdistill.evaluation.heldout import chosen_rows, read_heldout
 from lmdistill.evaluation.ladder import assemble
+from lmdistill.evaluation.run import timed_targets
 from lmdistill.evaluation.runtimes import RuntimeOptions, runtime_class
 from lmdistill.evaluation.scorer import score, summarise
 from lmdistill.pipeline.stage import Artefact
@@ -113,9 +114,15 @@ def test_the_f32_file_is_its_parent(measured: Measured) -> None:
     ]
 
 
+def test_files_of_one_format_are_timed_one_after_the_other(world: World) -> None:
+    subjects = assemble(world.teacher, world.models, world.deployments)
+    formats = [target.path.stem.rsplit("-", 1)[-1] for target in timed_targets(subjects, checkpoints=False)]
+    assert formats == ["f16", "f16", "f32"]
+
+
 def test_speeds_of_files_only(measured: Measured) -> None:
     timed = measured[1]["speed"]["rows"]
-    assert list(timed) == ["teacher_files/f16", "export/f16", "export/f32"]  # of one format one after the other
+    assert set(timed) == {"teacher_files/f16", "export/f16", "export/f32"}
     for row in timed.values():
         for phase in ("prefill_tps", "decode_tps"):
             spread = row[phase]

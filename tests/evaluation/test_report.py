@@ -38,6 +38,7 @@ def row(name: str, role: str, form: str, parent: str | None, nll: float, size: i
         "format": form,
         "parent": parent,
         "params": 1000,
+        "fallback_share": 0.25 if form == "q4_0" else None,
         "file_bytes": size,
         "nll": nll,
         "nll_se": 0.05,
