@@ -1,0 +1,34 @@
+"""The table of figures and goals: it says what the results say, and the page shows it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import figures
+
+
+def test_the_page_shows_the_results_that_are_there() -> None:
+    page = figures.README.read_text(encoding="utf-8")
+    assert figures.section(figures.RESULTS) in page, "run: python benchmarks/figures.py"
+
+
+@pytest.mark.parametrize(
+    ("value", "sense", "reached"),
+    [(1.04, "≤", "yes"), (1.06, "≤", "no"), (1.06, "≥", "yes"), (1.04, "≥", "no"), (None, "≤", "no")],
+)
+def test_a_figure_reaches_its_goal_on_the_right_side_only(value: float | None, sense: str, reached: str) -> None:
+    assert figures.cells("x", value, 1.05, sense, ".3f")[-1] == reached
+
+
+def test_a_cache_that_changed_after_a_kill_reaches_nothing(tmp_path: Path) -> None:
+    flips = {"flips": 1000, "located": 999}
+    kills = {"kills": 25, "captures": 7, "different": 1}
+    (tmp_path / "robustness.json").write_text(json.dumps({"variants": {"mmap": {"flips": flips, "kills": kills}}}))
+    rows = figures.rows_of(tmp_path)
+    assert [row[-1] for row in rows["robustness"]] == ["no", "no"] and list(rows) == ["robustness"]
