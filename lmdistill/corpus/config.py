@@ -11,6 +11,7 @@ from lmdistill.pipeline.stage import AddedKey, StageConfig
 
 Format = Literal["auto", "text", "jsonl", "parquet", "hub"]
 Packing = Literal["concat", "isolate", "single"]
+SPLITS = ("train", "valid", "test")
 Tokens = Annotated[int, Field(ge=1)]
 
 

@@ -35,21 +35,32 @@ def format_of(source: Source, path: Path) -> str:
 
 
 def first_fields(source: Source, path: Path) -> list[str] | None:
-    """The fields of the first record, read without loading the file; None where that takes loading (hub folders)."""
+    """The fields of the first record, read without loading the file; None for hub folders and JSON lists.
+
+    Raises PreflightError where the file is empty, or its first record or its schema cannot be read.
+    """
     kind = format_of(source, path)
     if kind == "text":
         return ["text"]
-    if kind == "parquet":
-        import pyarrow.parquet
+    try:
+        if kind == "parquet":
+            import pyarrow.parquet
 
-        return list(pyarrow.parquet.read_schema(path).names)
-    if kind == "jsonl" and path.suffix in ("", ".gz", *ENDINGS):
-        opener: Any = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as lines:
-            first = next((line for line in lines if line.strip()), "")
-        record = _parsed(first)
-        return list(record) if isinstance(record, dict) else None
+            return list(pyarrow.parquet.read_schema(path).names)
+        if kind == "jsonl" and path.suffix in ("", ".gz", *ENDINGS):
+            opener: Any = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "rt", encoding="utf-8") as lines:
+                first = next((line for line in lines if line.strip()), "")
+            if not first:
+                raise _empty(source)
+            return None if first.lstrip().startswith("[") else list(_record(first))  # a list of records is loaded
+    except (ValueError, OSError, EOFError) as error:  # of JSON, UTF-8, gzip and Arrow
+        raise unreadable(source, path, error) from error
     return None
+
+
+def _empty(source: Source) -> PreflightError:
+    return PreflightError(f"{source.source} has no records", why="it is empty", fix="check the file, or remove it")
 
 
 def check_fields(source: Source, fields: list[str]) -> None:
@@ -82,6 +93,8 @@ def load(source: Source, path: Path, work: Path) -> Any:
             if kind == "text":
                 options["sample_by"] = source.unit
             data = datasets.load_dataset(BUILDERS[kind], data_files=str(path), split="train", **options)
+    except StopIteration as error:  # what `datasets` says of a file without any record
+        raise _empty(source) from error
     except (DatasetGenerationError, ValueError, OSError, TypeError) as error:
         raise unreadable(source, path, error) from error
     check_fields(source, list(data.column_names))
@@ -126,9 +139,9 @@ def _bad_line(path: Path) -> tuple[int, str] | None:
     return None
 
 
-def _parsed(line: str) -> Any:
-    """The record on `line`; None where it is malformed, which loading reports with its line number."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
+def _record(line: str) -> dict[str, Any]:
+    """The record on `line`; ValueError where it is none."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"the first record is a {type(record).__name__}, not an object")
+    return record

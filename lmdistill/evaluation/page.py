@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,15 @@ def times(value: float | None) -> str:
 
 
 def ratio(row: Row | None, other: Row | None, figure: str) -> float | None:
-    """One row's figure over another's; None where either is missing."""
+    """One row's figure over another's, of what was timed in rounds the median of theirs; None where either is missing.
+
+    As gates compare them (`gates.judge`), so that the page and the gates name one number.
+    """
     if row is None or other is None or row is other or not row.get(figure) or not other.get(figure):
         return None
+    one, two = (side.get("spreads", {}).get(figure, {}).get("rounds", ()) for side in (row, other))
+    if len(one) > 1 and len(one) == len(two):
+        return float(statistics.median(x / y for x, y in zip(one, two, strict=True)))
     return float(row[figure]) / float(other[figure])
 
 
@@ -117,13 +124,10 @@ def commands(report: Mapping[str, Any], run_dir: str) -> dict[str, str]:
     again = f"lmdistill pipeline {shlex.quote(f'{run_dir}/recipe.lock.yaml')}"
     if run_dir != f"runs/{report['recipe']}":
         again += f" --run-dir {shlex.quote(run_dir)}"
-    bench = report["benchmark"]
     cache = shlex.quote(f"{run_dir}/{report['signals']['folder']}") if report["signals"] else ""
     return {
         "run": again,
         "evaluate": f"{again} --force {shlex.quote(report['evaluate'])}",
-        "bench": f"llama-bench -m FILE.gguf -p {bench['prefill']} -n {bench['decode']} -t {bench['threads']}"
-        f" -r {bench['repeats']}",
         "cache": f"lmdistill cache info {cache}",
     }
 

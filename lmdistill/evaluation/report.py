@@ -12,7 +12,7 @@ from lmdistill.evaluation.record import FILE, measured_ladder
 from lmdistill.pipeline.files import write_json, write_text
 
 SPREADS = ("prefill_tps", "decode_tps")
-STAGE_KEYS = ("name", "fingerprint", "seconds", "tokens", "cached")
+STAGE_KEYS = ("name", "fingerprint", "seconds", "tokens", "peak_rss_bytes", "cached")
 
 
 def find_evaluations(run_dir: Path, stages: Sequence[Mapping[str, Any]]) -> list[Path]:

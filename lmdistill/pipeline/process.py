@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +19,8 @@ from typing import IO, Any
 from lmdistill.errors import LmdistillError, PreflightError, StageError
 from lmdistill.pipeline.jobs import Json, error_from_json
 
+LAST_WORDS = 2.0  # seconds that an ended child's output may still take to arrive
+OUT_OF_MEMORY = re.compile(r"MemoryError|out of memory|(can't|cannot|could not) allocate", re.IGNORECASE)
 OnMessage = Callable[[Json], None]
 RESUME = "the same command goes on from where it stopped"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # a stage reads what was fetched before it
@@ -103,11 +107,15 @@ def _messages(process: subprocess.Popen[str]) -> Iterator[Json]:
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
+    ended: float | None = None
     while True:
         try:
             line = lines.get(timeout=0.5)
         except queue.Empty:
-            if process.poll() is not None:
+            if process.poll() is None:
+                continue
+            ended = ended or time.monotonic()  # its last words may still be in the pipe: this process may have slept
+            if time.monotonic() - ended > LAST_WORDS:
                 return
             continue
         if line is None:
@@ -125,8 +133,7 @@ def _failure(final: Json | None, code: int, subject: str, log: Path | None) -> L
     if final is not None and final["type"] == "crash":
         if os.environ.get("LMDISTILL_TRACEBACK"):
             print(final["traceback"], file=sys.stderr)
-        memory = "memory" in final["error"].lower()
-        why = "it ran out of memory" if memory else ""
+        why = "it ran out of memory" if OUT_OF_MEMORY.search(final["error"]) else ""
         return StageError(f"{subject} failed: {final['error']}", why=why, fix=f"{where}; {RESUME}")
     if code < 0:
         name = signal.Signals(-code).name

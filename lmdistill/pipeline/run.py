@@ -54,6 +54,7 @@ class Runner:
         self.artefacts: dict[str, Artefact] = {}
         self.trusted: set[Path] = set()  # folders whose every byte was checked or written by this run
         self.made: set[Path] = set()  # folders that this run has made
+        self.peaks: dict[str, int | None] = {}  # stage → peak resident bytes of its process
         self.teacher: ModelRef | None = None
 
     def run(self) -> dict[str, Artefact]:
@@ -162,7 +163,7 @@ class Runner:
             final = store.finish(folder, step.number, step.name, step.short)
         else:
             metrics = self._work(step)
-            result = {"metrics": metrics, "resumed": resumed}
+            result = {"metrics": metrics, "resumed": resumed, "peak_rss_bytes": self.peaks.get(step.name)}
             final = store.publish(folder, step.number, step.name, result, time.monotonic() - started)
         self.trusted.add(final)
         self.made.add(final)
@@ -201,6 +202,8 @@ class Runner:
     def _pass_on(self, stage: str) -> Any:
         def pass_on(message: Json) -> None:
             fields = {key: value for key, value in message.items() if key != "type"}
+            if message["type"] == "memory":
+                self.peaks[stage] = message["peak_rss_bytes"]
             self.events.emit(message["type"], stage=stage, **fields)
 
         return pass_on
@@ -224,5 +227,6 @@ class Runner:
             "fingerprint": step.planned.fingerprint,
             "seconds": run["seconds"],
             "tokens": run.get("tokens"),
+            "peak_rss_bytes": run.get("peak_rss_bytes"),
             "cached": folder not in self.made,
         }

@@ -100,6 +100,8 @@ class Store:
         }
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         run = {"seconds": round(seconds, 3), "finished": now, "host": platform.node(), "resumed": result["resumed"]}
+        if result["peak_rss_bytes"] is not None:  # of the process that finished it: a resumed one says less
+            run["peak_rss_bytes"] = result["peak_rss_bytes"]
         if isinstance(metrics.get("tokens"), int):
             run["tokens"] = metrics["tokens"]
         write_json(partial / "run.json", run)

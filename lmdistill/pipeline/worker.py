@@ -64,6 +64,17 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def peak_rss_bytes() -> int | None:
+    """The most memory this process had resident, plus the most of the largest process it has waited for."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    units = 1 if sys.platform == "darwin" else 1024
+    peaks = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return units * sum(peaks)
+
+
 def run(job: jobs.Json, channel: Channel) -> Any:
     """Run one stage and check its postconditions; returns its metrics."""
     from filelock import FileLock, Timeout
@@ -87,6 +98,7 @@ def run(job: jobs.Json, channel: Channel) -> Any:
         with FileLock(partial / LOCK, timeout=10):
             metrics = stage.run(ctx)
             stage.verify(ctx, metrics)
+        channel.send("memory", peak_rss_bytes=peak_rss_bytes())
     except Timeout as error:
         what = f"another process is still working in {partial}"
         raise LockedError(what, fix="wait until it has ended, or stop it") from error

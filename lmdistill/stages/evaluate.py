@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lmdistill.corpus.config import SPLITS
 from lmdistill.errors import IntegrityError, LmdistillError, PreflightError, nearest
 from lmdistill.evaluation.gates import COMPARED, SPEED, Gate
 from lmdistill.evaluation.suites import load_suite
@@ -121,7 +122,13 @@ def _missing_runtimes(ctx: PreflightContext[EvaluateConfig]) -> Iterable[Lmdisti
 
 def _missing_split(ctx: PreflightContext[EvaluateConfig]) -> Iterable[LmdistillError]:
     """A split that the corpus to come will not have."""
+    wanted = ctx.config.split
     for corpus in ctx.inputs.get("corpus", ()):
+        if wanted not in SPLITS and not getattr(corpus.config, "splits", None):
+            yield PreflightError(
+                f"stage '{ctx.name}': a corpus has no split '{wanted}'{nearest(wanted, SPLITS)}",
+                fix=f"set `split` to one of {', '.join(SPLITS)}",
+            )
         key = f"{ctx.config.split}_fraction"  # of the splits that are held out
         if getattr(corpus.config, key, None) == 0:
             yield PreflightError(

@@ -60,6 +60,33 @@ def test_a_wrong_sha256_is_refused_with_both_digests(problems: Problems, write: 
     assert "0" * 64 in said and "sha256 is " in said
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "messages"),
+    [
+        ("latin.jsonl", b'{"text": "caf\xe9"}\n', ("latin.jsonl, line 1: not a JSON record", "not UTF-8")),
+        ("cut.jsonl", b'\n{"text": "x"\n', ("cut.jsonl, line 2: not a JSON record", "column")),
+        ("number.jsonl", b"7\n", ("number.jsonl, line 1: not a JSON record", "a int, not an object")),
+        ("empty.jsonl", b"\n\n", ("empty.jsonl has no records", "check the file")),
+        ("broken.parquet", b"PAR1 and no more", ("broken.parquet cannot be read as parquet", "the file itself")),
+        ("broken.jsonl.gz", b"not gzip", ("broken.jsonl.gz cannot be read as jsonl", "the file itself")),
+    ],
+)
+def test_an_unreadable_file_is_told_before_work(
+    problems: Problems, tmp_path: Path, name: str, content: bytes, messages: tuple[str, ...]
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    said = problems(sources=[str(path)])
+    assert all(message in said for message in messages), said
+
+
+def test_a_list_of_records_is_no_mistake(problems: Problems, tmp_path: Path, make: Make) -> None:
+    path = tmp_path / "list.json"
+    path.write_text('[\n  {"text": "one two three"},\n  {"text": "four five six"}\n]\n')
+    assert problems(sources=[str(path)]) == ""
+    assert make(sources=[str(path)], sequence_length=4).meta.splits["train"].documents == 2
+
+
 def test_two_problems_are_told_at_once(problems: Problems, write: Write) -> None:
     said = problems(sources=[write([{"a": 1}]), "nowhere.jsonl"], separator="<|nothing|>")
     assert "no field" in said and "nowhere.jsonl" in said and "no separator '<|nothing|>'" in said

@@ -60,7 +60,8 @@ def test_the_report_has_what_is_promised(finished: Chain) -> None:
         assert all((row[figure] is not None) == timed for figure in ("prefill_tps", "decode_tps", "peak_rss_bytes"))
     assert [stage["name"] for stage in report["stages"]] == list(STAGES)
     for stage in report["stages"]:
-        assert set(stage) == {"name", "fingerprint", "seconds", "tokens", "cached"}
+        assert set(stage) == {"name", "fingerprint", "seconds", "tokens", "peak_rss_bytes", "cached"}
+        assert 50e6 < stage["peak_rss_bytes"] < 8e9
         assert finished.artefact(stage["name"]).name.endswith(stage["fingerprint"][:12])
     assert {"bytes_per_token", "k", "head_mass", "teacher_nll"} <= set(report["signals"])
     assert report["signals"]["k"] == 16

@@ -23,9 +23,11 @@ LADDER_KEYS = (
     " prefill_tps decode_tps peak_rss_bytes"
 )
 EVIL = "<script>document.title='owned'</script>"
-STAGES = [
-    {"name": "corpus", "fingerprint": "0" * 64, "seconds": 3.2, "tokens": 1000, "cached": True},
-    {"name": "evaluate", "fingerprint": "abcdef123456" + "0" * 52, "seconds": 75.0, "tokens": None, "cached": False},
+COSTS = ("seconds", "tokens", "peak_rss_bytes", "cached")
+STAGES: list[dict[str, Any]] = [
+    {"name": "corpus", "fingerprint": "0" * 64, **dict(zip(COSTS, (3.2, 1000, 5 * 10**8, True), strict=True))},
+    {"name": "evaluate", "fingerprint": "abcdef123456" + "0" * 52}
+    | dict(zip(COSTS, (75.0, None, None, False), strict=True)),
 ]
 
 

@@ -104,7 +104,8 @@ def test_gates_that_can_be_held_pass(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fraction", "split", "told"), [(0, "valid", 1), (0, "train", 0), (0.1, "valid", 0), (0.1, "test", 1)]
+    ("fraction", "split", "told"),
+    [(0, "valid", 1), (0, "train", 0), (0.1, "valid", 0), (0.1, "test", 1), (0.1, "tset", 1)],
 )
 def test_a_split_that_the_corpus_will_not_have_is_told(tmp_path: Path, fraction: float, split: str, told: int) -> None:
     keys = {"sources": [{"source": "a.txt"}], "valid_fraction": fraction}

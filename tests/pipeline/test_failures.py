@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 from toys.fixtures import manifests
 
 from lmdistill.errors import AssetError, LmdistillError, LockedError, PreflightError, StageError
-from lmdistill.pipeline import preflight
+from lmdistill.pipeline import preflight, process
 from lmdistill.pipeline.events import read_events
 from lmdistill.pipeline.lock import run_lock
 from lmdistill.pipeline.plan import make_plan
@@ -149,3 +150,27 @@ def test_fetching_comes_before_the_first_stage(write: Write, monkeypatch: pytest
     names = [event["event"] for event in read_events(RUN / "events.jsonl")]
     assert names[:2] == ["run_started", "fetch_started"]
     assert "stage_started" not in names
+
+
+def test_the_last_words_of_an_ended_process_are_heard_however_late() -> None:
+    """As after Ctrl-Z and fg: the child ended meanwhile, and what it said has not been read yet."""
+
+    def late() -> Iterator[str]:
+        time.sleep(0.8)
+        yield '{"type": "result", "result": {}}\n'
+
+    class Ended:
+        stdout = late()
+
+        def poll(self) -> int:
+            return 0
+
+    heard = list(process._messages(cast("Any", Ended())))
+    assert heard == [{"type": "result", "result": {}}]
+
+
+def test_only_a_lack_of_memory_is_called_so() -> None:
+    said = "ValueError: memory_format is not known"
+    assert process.OUT_OF_MEMORY.search(said) is None
+    for text in ("MemoryError: ", "CUDA out of memory. Tried", "DefaultCPUAllocator: can't allocate memory"):
+        assert process.OUT_OF_MEMORY.search(text)

@@ -21,7 +21,7 @@ def publish(root: Path, content: bytes = b"content") -> Path:
     (partial / "out" / "deep").mkdir()
     (partial / "out" / "deep" / "file.bin").write_bytes(content)
     (partial / "work" / "state").write_text("scratch")
-    return store.publish(partial, 3, "x", {"metrics": {"loss": 0.5}, "resumed": False}, 1.0)
+    return store.publish(partial, 3, "x", {"metrics": {"loss": 0.5}, "resumed": False, "peak_rss_bytes": None}, 1.0)
 
 
 def test_publish_and_find(tmp_path: Path) -> None:
