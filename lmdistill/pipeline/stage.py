@@ -58,6 +58,13 @@ class ModelRef:
     source: str = ""  # what the recipe says: hf:…, pypi:…, a path
     gguf: Path | None = None  # the GGUF file that the folder was imported from
 
+    @property
+    def lasting_source(self) -> str:
+        """`source` for files that must be the same wherever a local model lies: of a path only the content counts."""
+        if self.source.startswith(("hf:", "pypi:")) or not self.source:
+            return self.source
+        return f"local:{self.digest.removeprefix('sha256:')[:12]}"
+
 
 @dataclass(frozen=True)
 class Artefact:

@@ -47,7 +47,7 @@ def ensemble_info(
 ) -> TeacherInfo:
     """Who spoke: every member, and one digest over all of them and their weights."""
     members = tuple(
-        MemberInfo(model.source, model.digest, precision(model), weight)
+        MemberInfo(model.lasting_source, model.digest, precision(model), weight)
         for model, weight in zip(models, normalised(weights, len(models)), strict=True)
     )
     listing = [[member.digest, member.weight] for member in members]

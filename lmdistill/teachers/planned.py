@@ -47,7 +47,7 @@ def who_speaks(config: TeachConfig, teachers: Sequence[ModelRef], version: str) 
             teachers, config.ensemble_weights, lambda model: precision_of(config, model), config.engine, version
         )
     [teacher] = teachers
-    return TeacherInfo(teacher.source, teacher.digest, precision_of(config, teacher), config.engine, version)
+    return TeacherInfo(teacher.lasting_source, teacher.digest, precision_of(config, teacher), config.engine, version)
 
 
 def check_planned_ensemble(ctx: PreflightContext[TeachConfig]) -> None:

@@ -97,7 +97,9 @@ def test_an_ensemble_from_the_recipe(toy, others, corpus, tmp_path):
     assert contents(first.out) == contents(second.out)
     said = SignalsReader(first.out).manifest.teacher
     assert [member.weight for member in said.members] == [0.5, 0.25, 0.25]
-    assert [member.source for member in said.members] == [toy.source, *members]
+    assert [member.source for member in said.members] == [
+        f"local:{member.digest[-64:][:12]}" for member in said.members
+    ]
     assert len({member.digest for member in said.members} | {said.digest}) == 4
     plain = replace(plain, config=TeachConfig(k=8, shard_rows=4, batch_rows=2))
     assert STAGE.run(plain)["digest"] != metrics["digest"]
