@@ -21,8 +21,8 @@ def kill_many(
 ) -> dict[str, Any]:
     """Kill captures until `count` kills have hit one; one that ends before its kill is checked, and begun anew.
 
-    `base` is a run folder with a finished corpus. A kill waits for a number of finished shards, drawn uniformly from
-    those there are to all, and then for a random part of the time that two shards take: so it hits the same moments
+    `base` is a run folder with a finished corpus. A kill waits until up to a quarter of all shards more are
+    finished, and then for a random part of the time that two shards take: so it hits the same moments
     on a busy machine. `different` counts captures whose bytes are not those of the undisturbed run: it must be 0.
     """
     chance = random.Random(seed)
@@ -73,7 +73,7 @@ def _kill_one(toy: ToyRun, run_dir: Path, shards: int, shard_seconds: float, cha
     """Start and kill; shards that were finished then, None where the run ended first."""
     process = toy.start(run_dir)
     _wait_for_start(process, run_dir)
-    wanted = chance.randint(_finished(run_dir), shards)
+    wanted = min(shards, _finished(run_dir) + chance.randint(0, shards // 4))
     while process.poll() is None and _finished(run_dir) < wanted:
         time.sleep(0.001)
     time.sleep(chance.uniform(0, 2 * shard_seconds))

@@ -124,7 +124,7 @@ class TeachStage(Stage[TeachConfig]):
     """corpus → signals."""
 
     name = "teach"
-    version = 2
+    version = 3
     Config = TeachConfig
     inputs = (Input("corpus", ("corpus",)),)
     output = "signals"
