@@ -61,7 +61,7 @@ class ModelRef:
     @property
     def lasting_source(self) -> str:
         """`source` for files that must be the same wherever a local model lies: of a path only the content counts."""
-        if self.source.startswith(("hf:", "pypi:")) or not self.source:
+        if self.source.startswith(("hf:", "pypi:", "model ")) or not self.source:  # "model": of an earlier stage
             return self.source
         return f"local:{self.digest.removeprefix('sha256:')[:12]}"
 
