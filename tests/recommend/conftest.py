@@ -31,12 +31,19 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+class SilentChannel(SilentProgress):
+    """What a worker process sends its parent, unheard."""
+
+    def send(self, kind: str, **fields: Any) -> None:
+        pass
+
+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages without a process each; all else is the pipeline's own."""
 
     def call(job: dict[str, Any], *_: Any) -> Any:
-        return worker.TASKS[job["task"]](job, SilentProgress())  # type: ignore[arg-type]
+        return worker.TASKS[job["task"]](job, SilentChannel())  # type: ignore[arg-type]
 
     for module in (run, preflight):
         monkeypatch.setattr(module, "call", call)
