@@ -73,10 +73,24 @@ def robustness_rows(result: dict[str, Any]) -> Iterator[Cells]:
             yield cells(what, kills["different"], 0, "≤", ".0f")
 
 
+def search_rows(result: dict[str, Any]) -> Iterator[Cells]:
+    """How well speed is foretold, and what searching brings over chance and over a hand-made student."""
+    latency, ratio = result["latency"], result["hypervolume_ratio"]
+    searched, hand_made = result["searched"] or {}, result["hand_made"] or {}
+    yield cells("decode latency of held-out shapes, Spearman", latency["spearman"], 0.98, "≥", ".3f")
+    yield cells("decode latency of held-out shapes, median error", latency["median_rel_error"], 0.05, "≤", ".3f")
+    yield cells("hypervolume over that of random candidates, at equal tokens", ratio, 1.2, "≥", ".2f")
+    for figure, sense, spec in (("nll", "≤", ".3f"), ("decode_tps", "≥", ".1f"), ("ttft_ms", "≤", ".1f")):
+        if hand_made.get(figure) is not None:
+            what = f"searched against hand-made student, {figure}"
+            yield cells(what, searched.get(figure), hand_made[figure], sense, spec)
+
+
 ROWS: dict[str, Callable[[dict[str, Any]], Iterator[Cells]]] = {
     "loss": loss_rows,
     "signals": signals_rows,
     "robustness": robustness_rows,
+    "search": search_rows,
     "train": train_rows,
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lmdistill.evaluation.charts import COLOURS, Series, chart
 from lmdistill.evaluation.ladder import TEACHER
+from lmdistill.evaluation.search_front import front_chart
 from lmdistill.pipeline.display import duration, size
 
 FOLDER = Path(__file__).parent
@@ -148,6 +149,7 @@ def render(report: Mapping[str, Any], run_dir: str) -> str:
     ladder = report["ladder"]
     quality_speed, families = speed_chart(ladder)
     losses, trainings, comparable = loss_chart(report["curves"])
+    search, roles = front_chart(report["search"])
     others = {row["name"]: counterpart(row, ladder) for row in ladder}
     spent = sum(stage["seconds"] or 0 for stage in report["stages"])
     return environment.get_template("report.html.jinja").render(
@@ -160,6 +162,8 @@ def render(report: Mapping[str, Any], run_dir: str) -> str:
         losses=losses,
         trainings=trainings,
         comparable=comparable,
+        search=search,
+        roles=roles,
         colours=COLOURS,
         commands=commands(report, run_dir),
         seconds=spent,

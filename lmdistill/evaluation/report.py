@@ -9,6 +9,7 @@ from typing import Any
 
 from lmdistill.evaluation.gates import GateResult
 from lmdistill.evaluation.record import FILE, measured_ladder
+from lmdistill.evaluation.search_front import search_of
 from lmdistill.pipeline.files import write_json, write_text
 
 SPREADS = ("prefill_tps", "decode_tps")
@@ -54,7 +55,7 @@ def refresh(run_dir: Path, stages: Sequence[Mapping[str, Any]]) -> list[GateResu
         return []
     from lmdistill.evaluation.page import render
 
-    report = build(run_dir.resolve().name, found[-1], stages)
+    report = build(run_dir.resolve().name, found[-1], stages) | {"search": search_of(run_dir, stages)}
     write_json(run_dir / "report.json", report)
     write_text(run_dir / "report.html", render(report, str(run_dir)))
     results = [GateResult(**gate) for evaluation in found for gate in evaluation["gates"]]

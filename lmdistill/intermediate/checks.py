@@ -99,6 +99,8 @@ def _records_growth(student: Planned) -> bool:
     """Whether the student says, or will say, how it was grown."""
     if student.artefact is not None:
         return bool(layer_maps.recorded_plan(student.artefact.out / "model"))
+    if student.stage == "search":
+        return True
     if student.stage == "student":
         return bool(getattr(student.config, "init", "") == "grow")
     handed_on = bool(getattr(student.config, "intermediate", ()))

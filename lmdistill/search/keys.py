@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -13,8 +14,6 @@ from lmdistill.quantization.plan import PRESETS
 from lmdistill.search.budget import Budget, BudgetText, parse
 from lmdistill.search.profile import TimingPlan
 from lmdistill.search.space import SpaceConfig
-
-LOCAL = "local"
 
 
 def _timed(name: str) -> str:
@@ -54,8 +53,8 @@ class DeviceSearchConfig(StageConfig):
     """Which students may be proposed, for which device, within which budgets."""
 
     space: SpaceConfig = Field(default=SpaceConfig(), description="the students that may be proposed")
-    device: str = Field(
-        default=LOCAL, description="local: this machine; else the path of a profile that another one sent"
+    device: Literal["local"] | Path = Field(
+        default="local", description="local: this machine; else the path of a profile that another one sent"
     )
     timing: TimingConfig = Field(default=TimingConfig(), description="how candidates are timed")
     budgets: tuple[BudgetText, ...] = Field(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from lmdistill.errors import PreflightError
 from lmdistill.search import design, device
-from lmdistill.search.keys import LOCAL, TimingConfig
+from lmdistill.search.keys import TimingConfig
 from lmdistill.search.profile import Profile, Request
 from lmdistill.search.space import Space
 from lmdistill.search.sub_space import whole
@@ -21,19 +22,19 @@ def request_for(space: Space, timing: TimingConfig) -> Request:
 
 
 def profile_of(
-    name: str,
+    where: Literal["local"] | Path,
     space: Space,
     timing: TimingConfig,
     work: Path,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
-    """The profile of device `name`: read from its file, or measured here into `work`/profile.json, resumably.
+    """The profile of a device: read from its file, or measured here into `work`/profile.json, resumably.
 
     `report` gets shapes timed, and how many there are. Raises PreflightError where a profile is of another format.
     """
-    if name == LOCAL:
-        return device.run(request_for(space, timing), work / "profile.json", work / "timed", report)
-    return read_for(Path(name), timing)
+    if isinstance(where, Path):
+        return read_for(where, timing)
+    return device.run(request_for(space, timing), work / "profile.json", work / "timed", report)
 
 
 def read_for(path: Path, timing: TimingConfig) -> Profile:

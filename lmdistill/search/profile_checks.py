@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lmdistill.errors import LmdistillError, PreflightError
 from lmdistill.search.feasible import infeasible, teacher_figures, unmeasured
-from lmdistill.search.keys import LOCAL, DeviceSearchConfig
+from lmdistill.search.keys import DeviceSearchConfig
 from lmdistill.search.latency import LatencyModel
 from lmdistill.search.on_device import read_for
 from lmdistill.search.profile import Profile
@@ -16,10 +16,10 @@ from lmdistill.search.sub_space import sub_spaces
 
 def profile_problems(config: DeviceSearchConfig, space: Space) -> list[LmdistillError]:
     """Every problem that a profile's file tells of a possible space; raises nothing. This machine has no file yet."""
-    if config.device == LOCAL:
+    if not isinstance(config.device, Path):
         return []
     try:
-        return _problems(config, space, read_for(Path(config.device), config.timing))
+        return _problems(config, space, read_for(config.device, config.timing))
     except LmdistillError as error:
         return [error]
 

@@ -136,8 +136,14 @@ class Space:
 
     def choices(self, key: str) -> tuple[int, ...]:
         """The values of a key that lists sizes, ascending."""
-        asked: Sizes | None = getattr(self.keys, key)
-        return tuple(sorted(set(asked or (self.teacher_size(key),))))
+        keys = self.keys
+        asked: dict[str, Sizes | None] = {
+            "hidden_sizes": keys.hidden_sizes,
+            "intermediate_sizes": keys.intermediate_sizes,
+            "kv_heads": keys.kv_heads,
+            "vocabularies": keys.vocabularies,
+        }
+        return tuple(sorted(set(asked[key] or (self.teacher_size(key),))))
 
     def teacher_size(self, key: str) -> int:
         """The teacher's own size for a key that lists sizes."""

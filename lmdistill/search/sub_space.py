@@ -76,7 +76,7 @@ class SubSpace:
         return space.build(shape, draw(shape.depth, shape.attention, space.blocks, space.attention_at, rng))
 
     def mutate(self, candidate: Candidate, rng: random.Random) -> Candidate:
-        """One random change: a neighbouring shape, another source of a layer, or attention moved to another layer."""
+        """One random change: another value of a gene, another source of a layer, or attention moved elsewhere."""
         moves = [self._other_source, self._moved_attention, self._other_shape, self._other_shape]
         rng.shuffle(moves)
         return next((changed for move in moves if (changed := move(candidate, rng)) != candidate), candidate)
@@ -86,15 +86,13 @@ class SubSpace:
 
     def _other_shape(self, candidate: Candidate, rng: random.Random) -> Candidate:
         now = shape_of(candidate)
-        gene = rng.choice(GENES)
-        values = sorted({getattr(s, gene) for s in self.shapes if replace(s, **{gene: 0}) == replace(now, **{gene: 0})})
-        at = values.index(getattr(now, gene))
-        near = values[max(0, at - 1) : at] + values[at + 1 : at + 2]
-        if not near:
-            return candidate
-        shape = replace(now, **{gene: rng.choice(near)})
-        placement = {layer.source: layer.operator for layer in candidate.layers}
-        return self.space.build(shape, self._fitter(rng).fit(placement, shape.depth, shape.attention))
+        for gene in rng.sample(GENES, len(GENES)):
+            alike = (shape for shape in self.shapes if replace(shape, **{gene: 0}) == replace(now, **{gene: 0}))
+            if values := sorted({getattr(shape, gene) for shape in alike} - {getattr(now, gene)}):
+                shape = replace(now, **{gene: rng.choice(values)})
+                placement = {layer.source: layer.operator for layer in candidate.layers}
+                return self.space.build(shape, self._fitter(rng).fit(placement, shape.depth, shape.attention))
+        return candidate
 
     def _other_source(self, candidate: Candidate, rng: random.Random) -> Candidate:
         placement = {layer.source: layer.operator for layer in candidate.layers}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from lmdistill.pipeline.stage import Progress
 from lmdistill.students import blocks, lfm2, regression, selection, short_conv
 from lmdistill.students.regression import Fit
 from lmdistill.students.selection import Fate, PlanScorer
+
+Start = Callable[[Any, Any, torch.Tensor, Any], None]  # of (block, the source's, inputs [R, T, D], rotary)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def choose(model: Any, tokens_RT: torch.Tensor, growth: Growth, work: Path, prog
     if kept.exists():
         plan: list[Fate] = json.loads(kept.read_text())
         return plan
-    scorer = PlanScorer(_in_precision(model, growth.fit.precision), tokens_RT[: growth.selection_rows])
+    scorer = PlanScorer(in_precision(model, growth.fit.precision), tokens_RT[: growth.selection_rows])
     total = len(scorer.layers)
     plan = ["full"] * total
     for fate, count in (("gone", total - growth.layers), ("local", growth.layers - growth.attention_layers)):
@@ -57,7 +60,7 @@ def choose(model: Any, tokens_RT: torch.Tensor, growth: Growth, work: Path, prog
     return plan
 
 
-def _in_precision(model: Any, precision: str) -> Any:
+def in_precision(model: Any, precision: str) -> Any:
     """`model`, or a copy of it with weights in `precision`; buffers (rotary frequencies) keep every digit."""
     if precision == "float32":
         return model
@@ -114,32 +117,55 @@ def grow(source: Any, tokens_RT: torch.Tensor, growth: Growth, work: Path, progr
     """
     plan = choose(source, tokens_RT, growth, work, progress)
     student = _empty_student(source, plan, growth)
-    teacher_RTD = blocks.embed(source, tokens_RT).detach()
-    student_RTD = teacher_RTD.clone()
-    rotary = blocks.positions(source, teacher_RTD[:1])
-    errors = []
-    how = growth.fit
-    originals = [source.model.layers[layer] for layer in kept_blocks(plan)]
-    for index, (span, block, original) in enumerate(zip(spans(plan), student.model.layers, originals, strict=True)):
-        for layer in span:
-            teacher_RTD = regression.advance(source.model.layers[layer], teacher_RTD, rotary, how.rows, how.precision)
-        errors.append(
-            _fit_or_load(block, original, student_RTD, teacher_RTD, rotary, growth, work / f"block-{index:03d}")
-        )
-        student_RTD = regression.advance(block, student_RTD, rotary, how.rows, how.precision)
-        progress.update(index + 1, len(student.model.layers), "block fitted", error=round(errors[-1][1], 5))
+
+    def start(block: Any, original: Any, inputs_RTD: torch.Tensor, rotary: Any) -> None:
+        """A convolution begins as near to the attention it replaces as closed-form fits bring it."""
+        if hasattr(block, "conv"):
+            with torch.no_grad():
+                normed_RTD = block.operator_norm(inputs_RTD)
+            fitted = short_conv.fit(block.conv.config, original.self_attn, normed_RTD, rotary)
+            block.conv.load_state_dict(fitted.state_dict())
+
+    errors = fit_in_turn(student, source, plan, tokens_RT, growth.fit, work, progress, start)
     student.tie_weights()
     return student, {"plan": plan, "relative_error": errors}
 
 
+def fit_in_turn(
+    student: Any,
+    source: Any,
+    plan: list[Fate],
+    tokens_RT: torch.Tensor,
+    how: Fit,
+    work: Path,
+    progress: Progress,
+    start: Start = lambda *_: None,
+) -> list[list[float]]:
+    """Fit the student's blocks from the bottom up to what `source` computes where the next kept block begins.
+
+    A student narrower than its source has the first of its hidden channels. Each block is kept in `work`; `start`
+    prepares a block that is not there yet. Returns each block's relative error before and after.
+    """
+    teacher_RTD = blocks.embed(source, tokens_RT).detach()
+    student_RTD = blocks.embed(student, tokens_RT).detach().clone()
+    width = student_RTD.shape[-1]
+    rotary = blocks.positions(source, teacher_RTD[:1])
+    errors = []
+    originals = [source.model.layers[layer] for layer in kept_blocks(plan)]
+    for index, (span, block, original) in enumerate(zip(spans(plan), student.model.layers, originals, strict=True)):
+        for layer in span:
+            teacher_RTD = regression.advance(source.model.layers[layer], teacher_RTD, rotary, how.rows, how.precision)
+        kept = work / f"block-{index:03d}"
+        if not kept.with_suffix(".json").exists():
+            start(block, original, student_RTD, rotary)
+        errors.append(_fit_or_load(block, student_RTD, teacher_RTD[..., :width], rotary, how, kept))
+        student_RTD = regression.advance(block, student_RTD, rotary, how.rows, how.precision)
+        progress.update(index + 1, len(student.model.layers), "block fitted", error=round(errors[-1][1], 5))
+    return errors
+
+
 def _fit_or_load(
-    block: Any,
-    original: Any,
-    inputs_RTD: torch.Tensor,
-    targets_RTD: torch.Tensor,
-    rotary: Any,
-    growth: Growth,
-    kept: Path,
+    block: Any, inputs_RTD: torch.Tensor, targets_RTD: torch.Tensor, rotary: Any, how: Fit, kept: Path
 ) -> list[float]:
     """Fit one block, or take it from `kept` (.safetensors and .json) where it has been fitted already."""
     weights, errors = kept.with_suffix(".safetensors"), kept.with_suffix(".json")
@@ -147,13 +173,7 @@ def _fit_or_load(
         block.load_state_dict(load_file(weights))
         loaded: list[float] = json.loads(errors.read_text())
         return loaded
-    if hasattr(block, "conv"):
-        with torch.no_grad():
-            normed_RTD = block.operator_norm(inputs_RTD)
-        block.conv.load_state_dict(
-            short_conv.fit(block.conv.config, original.self_attn, normed_RTD, rotary).state_dict()
-        )
-    before, after = regression.fit_block(block, inputs_RTD, targets_RTD, rotary, growth.fit)
+    before, after = regression.fit_block(block, inputs_RTD, targets_RTD, rotary, how)
     save_file(block.state_dict(), weights)
     write_json(errors, [round(before, 6), round(after, 6)])
     return [round(before, 6), round(after, 6)]

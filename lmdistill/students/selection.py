@@ -70,7 +70,13 @@ class PlanScorer:
 
 def greedy(scorer: PlanScorer, plan: list[Fate], fate: Fate, count: int, width: int, report: Report) -> list[Fate]:
     """`plan` with `count` more of its FULL blocks given `fate`, one at a time, the least costly first."""
-    plan = list(plan)
+    changed = greedy_order(scorer, plan, fate, count, width, report)
+    return [fate if index in changed else now for index, now in enumerate(plan)]
+
+
+def greedy_order(scorer: PlanScorer, plan: list[Fate], fate: Fate, count: int, width: int, report: Report) -> list[int]:
+    """The `count` FULL blocks of `plan` that are given `fate` one after the other, in that order."""
+    plan, order = list(plan), []
     scorer.adopt(plan)
     known: dict[int, float] = {}
     for step in range(count):
@@ -80,6 +86,7 @@ def greedy(scorer: PlanScorer, plan: list[Fate], fate: Fate, count: int, width: 
             known[index] = scorer.score([fate if i == index else f for i, f in enumerate(plan)])
         best = min(tried, key=lambda i: (known[i], i))
         plan[best] = fate
+        order.append(best)
         scorer.adopt(plan)
         report(step + 1, count, known[best])
-    return plan
+    return order

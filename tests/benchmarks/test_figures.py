@@ -32,3 +32,12 @@ def test_a_cache_that_changed_after_a_kill_reaches_nothing(tmp_path: Path) -> No
     (tmp_path / "robustness.json").write_text(json.dumps({"variants": {"mmap": {"flips": flips, "kills": kills}}}))
     rows = figures.rows_of(tmp_path)
     assert [row[-1] for row in rows["robustness"]] == ["no", "no"] and list(rows) == ["robustness"]
+
+
+def test_a_searched_student_is_held_against_the_hand_made_one() -> None:
+    hand_made, searched = ({"nll": nll, "decode_tps": tps, "ttft_ms": 9.0} for nll, tps in ((4.0, 50.0), (3.9, 49.0)))
+    latency = {"held_out": 30, "spearman": 0.99, "median_rel_error": None}
+    result = {"latency": latency, "hypervolume_ratio": 1.1, "searched": searched, "hand_made": hand_made}
+    reached = [row[-1] for row in figures.search_rows(result)]
+    assert reached == ["yes", "no", "no", "yes", "no", "yes"]
+    assert len(list(figures.search_rows({**result, "searched": None, "hand_made": None}))) == 3

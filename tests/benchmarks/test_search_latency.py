@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import search_latency
-from search.search_toys import known_profile, toy_whole
+from toys.search_shapes import known_profile, toy_whole
 
 from lmdistill.search.design import spread_out
 

@@ -38,6 +38,14 @@ NAMES = {
     "LaunchSection": {"launch"},
     "FsdpKeys": {"fsdp"},
     "DeepspeedKeys": {"deepspeed"},
+    "SpaceConfig": {"keys", "space"},
+    "BandConfig": {"band"},
+    "TimingConfig": {"timing"},
+    "TrainingKeys": {"training"},
+    "SupernetKeys": {"keys", "shared", "supernet"},
+    "RelationKeys": {"keys"},
+    "EvolutionKeys": {"keys", "evolution"},
+    "FinalistKeys": {"finalists"},
 }
 # Written out whole into a dataclass or a call (vllm.LLM) with the same fields, which refuses one that it lacks.
 DUMPED = ("SpeedConfig", "RuntimeSection", "VllmOptions")

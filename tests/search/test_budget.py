@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from search.search_toys import TOY, known_profile, toy_whole
+from toys.search_shapes import TOY, known_profile, toy_whole
 
 from lmdistill.search.budget import Budget, parse, violations
 from lmdistill.search.design import spread_out, teacher_candidate

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from search.search_toys import TOY, toy_space, toy_whole
+from toys.search_shapes import TOY, toy_space, toy_whole
 
 from lmdistill.errors import PreflightError
 from lmdistill.evaluation.speed import Task, Timed
@@ -93,7 +93,7 @@ def test_the_teacher_is_timed_where_it_can_be(groups: list[list[str]], tmp_path:
     assert len(profile.measured) == 13
     with pytest.raises(PreflightError, match=r"q4_0, timing.format is q8_0"):
         on_device.profile_of(
-            str(tmp_path / "profile.json"), toy_space(), TimingConfig(prompts=[16], format="q8_0"), tmp_path
+            tmp_path / "profile.json", toy_space(), TimingConfig(prompts=[16], format="q8_0"), tmp_path
         )
 
 
@@ -137,7 +137,7 @@ def test_another_device_times_a_request_without_lmdistill_and_its_result_is_read
     )
     assert done.returncode == 0, done.stderr
     assert "send back device_profile.json" in done.stdout
-    profile = on_device.profile_of(str(written.with_name("device_profile.json")), space, timing, tmp_path)
+    profile = on_device.profile_of(written.with_name("device_profile.json"), space, timing, tmp_path)
     assert len(profile.measured) == 13 and profile.device["cores"] == os.cpu_count()
     model = LatencyModel.fit(profile)
     figures = model.predict(whole(space).largest()).figures

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from search.search_toys import known_profile, known_seconds, toy_whole
+from toys.search_shapes import known_profile, known_seconds, toy_whole
 
 from lmdistill.errors import IntegrityError, LmdistillError
 from lmdistill.search.design import spread_out

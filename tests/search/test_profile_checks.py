@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from search.search_toys import known_profile, toy_space, toy_whole
+from toys.search_shapes import known_profile, toy_space, toy_whole
 
 from lmdistill.search.design import spread_out
 from lmdistill.search.keys import DeviceSearchConfig

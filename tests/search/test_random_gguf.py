@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from search.search_toys import TOY, toy_space, toy_whole
+from toys.search_shapes import TOY, toy_space, toy_whole
 
 from lmdistill.deployment.formats import FORMATS
 from lmdistill.deployment.gguf_header import read_tensors

@@ -1,0 +1,1 @@
+"""The pieces of benchmarks/search.py."""

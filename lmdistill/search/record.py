@@ -1,0 +1,151 @@
+"""What a search leaves behind: the student, how it came about, and every candidate that was tried."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lmdistill.pipeline.files import write_json
+from lmdistill.pipeline.keys import semantic
+from lmdistill.search.finalists import Finalist
+from lmdistill.search.front import front, hypervolume, reference_of
+from lmdistill.search.scored import plan_of
+from lmdistill.search.space import Space
+from lmdistill.search.sub_space import SubSpace
+
+if TYPE_CHECKING:
+    from lmdistill.pipeline.stage import StageContext
+    from lmdistill.search.config import SearchConfig
+    from lmdistill.search.costs import ModelledDevice
+    from lmdistill.search.make_supernet import Making
+    from lmdistill.search.run import Tried
+    from lmdistill.students.regression import Fit
+
+FILE = "search.json"
+FORMAT_VERSION = 1
+_CUT = {"hidden_sizes": "hidden_size", "intermediate_sizes": "intermediate_size", "kv_heads": "kv_heads"}
+
+
+def making(config: SearchConfig, space: Space, subs: Sequence[SubSpace]) -> Making:
+    """How the super-network is made, for all that the sub-spaces ask for."""
+    from lmdistill.search.make_supernet import Making
+
+    shapes = [shape for sub in subs for shape in sub.shapes]
+    narrows = any(getattr(shape, name) < space.teacher_size(key) for shape in shapes for key, name in _CUT.items())
+    keys = config.supernet
+    return Making(
+        hybrid=space.keys.hybrid,
+        kernel=max(shape.kernel for shape in shapes),
+        narrows=narrows,
+        importance_rows=keys.importance_rows,
+        fit_rows=keys.fit_rows,
+        fit=fit_of(config, keys.fit_steps),
+    )
+
+
+def fit_of(config: SearchConfig, steps: int) -> Fit:
+    """How blocks are fitted in so many steps."""
+    from lmdistill.students.regression import Fit
+
+    keys = config.supernet
+    return Fit(steps, keys.fit_batch_rows, keys.fit_lr, config.precision, config.seed)
+
+
+def identity(ctx: StageContext[SearchConfig], sub: SubSpace) -> str:
+    """What the trainings of a sub-space belong to."""
+    inputs = {role: [one.fingerprint for one in given] for role, given in ctx.inputs.items()}
+    return json.dumps([semantic(ctx.config, str), inputs, ctx.need_teacher().digest, sub.name], sort_keys=True)
+
+
+def write(
+    ctx: StageContext[SearchConfig],
+    tried: Sequence[Tried],
+    finalists: Sequence[Finalist],
+    costs: ModelledDevice,
+    measured: Mapping[str, Mapping[str, float]],
+    tokenizer: Path,
+) -> dict[str, Any]:
+    """The winner's model, student.json and search.json; returns the metrics."""
+    from lmdistill.checkpoints import copy_tokenizer
+
+    winner, config = finalists[0], ctx.config
+    source = winner.newest if config.weights == "tuned" else winner.start
+    shutil.copytree(source, ctx.out / "model", dirs_exist_ok=True)
+    copy_tokenizer(tokenizer, ctx.out / "model")
+    candidate = winner.scored.candidate
+    counts = {
+        "parameters": _parameters(source),
+        "parameters_by_formula": candidate.parameters,
+        "layer_types": candidate.shape_config()["layer_types"],
+    }
+    student = {"init": "search", **counts, "plan": plan_of(candidate, tried[0].sub.space.blocks)}
+    (ctx.out / "student.json").write_text(json.dumps({**student, "candidate": candidate.to_json()}, indent=1) + "\n")
+    write_json(ctx.out / FILE, _search(config, tried, finalists, costs, measured))
+    return {**counts, "tried": sum(len(each.scored) for each in tried), "winner": candidate.digest}
+
+
+def _parameters(folder: Path) -> int:
+    import math
+
+    from lmdistill.checkpoints import stored_tensors
+
+    return sum(math.prod(shape) for _, shape in stored_tensors(folder))
+
+
+def _search(
+    config: SearchConfig,
+    tried: Sequence[Tried],
+    finalists: Sequence[Finalist],
+    costs: ModelledDevice,
+    measured: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    objectives, everyone = config.objectives, [one for each in tried for one in each.scored]
+    reference_M = reference_of(everyone, objectives)
+    return {
+        "version": FORMAT_VERSION,
+        "method": config.method,
+        "objectives": ["kd", *objectives],
+        "budgets": list(config.budgets),
+        "teacher": costs.teacher,
+        "reference": reference_M.tolist(),
+        "sub_spaces": [
+            {
+                "name": each.sub.name,
+                "shapes": len(each.sub.shapes),
+                "curve": each.found.curve,
+                "hypervolume": _history(each, objectives, reference_M),
+            }
+            for each in tried
+        ],
+        "candidates": [
+            {"sub_space": each.sub.name, "generation": number, **one.to_json()}
+            for each in tried
+            for number, generation in enumerate(each.found.generations)
+            for one in generation
+        ],
+        "front": [one.candidate.digest for one in front(everyone, objectives)],
+        "finalists": [
+            {
+                "digest": one.scored.candidate.digest,
+                "fitted": one.fitted,
+                "rounds": one.rounds,
+                "measured": measured.get(one.scored.candidate.digest),
+            }
+            for one in finalists
+        ],
+        "winner": finalists[0].scored.candidate.digest,
+    }
+
+
+def _history(tried: Tried, objectives: Sequence[str], reference_M: Any) -> list[float]:
+    """The hypervolume of all that was tried up to each generation."""
+    found, seen = [], []
+    for generation in tried.found.generations:
+        seen += [one.values(objectives) for one in generation if one.feasible]
+        found.append(round(hypervolume(np.array(seen).reshape(len(seen), -1), reference_M), 6) if seen else 0.0)
+    return found

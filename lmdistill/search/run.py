@@ -1,0 +1,176 @@
+"""What the search stage does: makes the super-network, tries candidates, trains finalists, hands the winner on.
+
+Everything that is measured or trained is kept in the work folder as it comes; the device's profile goes into the
+artefact, and is what the rest is a function of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+
+from lmdistill.errors import StageError
+from lmdistill.search import record
+from lmdistill.search.bridging import bridge
+from lmdistill.search.costs import ModelledDevice, open_device
+from lmdistill.search.finalists import Finalist, Halving, chosen, halve, prepare
+from lmdistill.search.heldout import HeldOutLoss, TrainingRows
+from lmdistill.search.methods import Found, Ground, find_method
+from lmdistill.search.ranking import Ranking, rank
+from lmdistill.search.scored import Scored
+from lmdistill.search.space import Space
+from lmdistill.search.sub_space import SubSpace, sub_spaces
+
+if TYPE_CHECKING:
+    import torch
+
+    from lmdistill.pipeline.stage import StageContext
+    from lmdistill.search.config import SearchConfig
+    from lmdistill.search.supernet import SuperNet
+
+    Context = StageContext[SearchConfig]
+
+SPLIT = "train"
+INITIAL = "initial.safetensors"
+
+
+@dataclass(frozen=True)
+class World:
+    """What a search works with, before any candidate is tried."""
+
+    subs: Sequence[SubSpace]
+    costs: ModelledDevice
+    reader: TrainingRows
+    heldout: HeldOutLoss
+    ranking: Ranking
+    net: SuperNet
+    initial: Path  # the super-network's weights as they were made
+    tokenizer: Path
+    tokens_RT: torch.Tensor  # rows of the corpus, but for those held out
+
+    def extract(self, scored: Scored, state: Path) -> Any:
+        """A candidate's model with the weights in a file of the super-network's."""
+        self.net.load_state_dict(load_file(state, device=self.net.device))
+        return self.net.extract(scored.candidate)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A sub-space and what was found in it."""
+
+    sub: SubSpace
+    found: Found
+
+    @property
+    def scored(self) -> list[Scored]:
+        """All candidates that were tried, in order."""
+        return [one for generation in self.found.generations for one in generation]
+
+
+def search(ctx: Context) -> dict[str, Any]:
+    """Write out/model, out/student.json and out/search.json; the metrics hold the winner's size."""
+    world = begin(ctx)
+    tried = explore(ctx, world)
+    finalists = finals(ctx, world, tried)
+    measured = world.costs.measure([one.scored.candidate for one in finalists], ctx.work)
+    return record.write(ctx, tried, finalists, world.costs, measured, world.tokenizer)
+
+
+def begin(ctx: Context) -> World:
+    """Time the device, look whether the budgets can be kept, rank the teacher's blocks, make the super-network."""
+    import torch
+
+    from lmdistill.corpus.format import CorpusReader
+
+    if ctx.runtime.threads:
+        torch.set_num_threads(ctx.runtime.threads)
+    config, device = ctx.config, ctx.runtime.resolve_device()
+    corpus = CorpusReader(ctx.one("corpus").out)
+    teacher = json.loads((ctx.need_teacher().path / "config.json").read_text())
+    space = Space(config.space, teacher, config.timing.format)
+    costs = open_device(config, space, ctx.out, ctx.work, ctx.progress)
+    subs = sub_spaces(space, costs.cost)
+    costs.check_budgets(subs)
+    reader = TrainingRows(ctx.one("signals").out, SPLIT, config.heldout_rows)
+    heldout = HeldOutLoss(reader, config.distilling(1), device)
+    split = corpus.split(SPLIT)
+    rows_RT = split.tokens_RT[: max(1, len(split) - config.heldout_rows)].astype("int64")
+    tokens_RT = torch.from_numpy(rows_RT).to(device)
+    net, ranking = _made(ctx, space, subs, tokens_RT)
+    initial = ctx.work / INITIAL
+    if not initial.exists():
+        partial = initial.with_suffix(".tmp")
+        save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, partial)
+        partial.rename(initial)
+    return World(subs, costs, reader, heldout, ranking, net, initial, corpus.tokenizer_folder, tokens_RT)
+
+
+def _made(ctx: Context, space: Space, subs: Sequence[SubSpace], tokens_RT: torch.Tensor) -> tuple[SuperNet, Ranking]:
+    """The super-network and the ranking of the teacher's blocks, both measured on rows of the corpus."""
+    from lmdistill.checkpoints import load_model
+    from lmdistill.search.make_supernet import make
+    from lmdistill.students import lfm2
+    from lmdistill.students.grow import in_precision
+
+    config, making = ctx.config, record.making(ctx.config, space, subs)
+    few_RT = tokens_RT[: config.selection_rows]
+    source = load_model(ctx.need_teacher().path, device=str(tokens_RT.device))
+    if making.hybrid:
+        source = lfm2.from_llama(source, few_RT, making.kernel).to(tokens_RT.device)
+    rounded, kept = in_precision(source, config.precision), ctx.work / "ranking.json"
+    ranking = rank(rounded, few_RT, space, config.selection_width, kept, ctx.progress)
+    return make(source, tokens_RT, making, ctx.work, ctx.progress), ranking
+
+
+def explore(ctx: Context, world: World) -> list[Tried]:
+    """Each sub-space with what the method found in it."""
+    from lmdistill.training.run import Place
+
+    tried, device = [], world.net.device
+    for sub in world.subs:
+        world.net.load_state_dict(load_file(world.initial, device=device))
+        work, own = ctx.work / f"sub-{sub.name}", record.identity(ctx, sub)
+        place = Place(world.initial, ctx.out, work, device, own, live_teacher=ctx.need_teacher())
+        ground = Ground(
+            ctx.config, sub, world.net, world.ranking, world.reader, world.heldout, world.costs, place, ctx.progress
+        )
+        tried.append(Tried(sub, find_method(ctx.config.method)(ground)))
+    return tried
+
+
+def finals(ctx: Context, world: World, tried: Sequence[Tried]) -> list[Finalist]:
+    """The finalists, the winner first; StageError where no candidate that was tried keeps the budgets."""
+    config = ctx.config
+    everyone = [one for each in tried for one in each.scored]
+    best = chosen(everyone, config.objectives, config.finalists.count)
+    if not best:
+        raise _nothing_feasible(everyone)
+    states = {one.candidate.digest: each.found.state or world.initial for each in tried for one in each.scored}
+    finalists = prepare(
+        best,
+        ctx.work / "finalists",
+        lambda scored: world.extract(scored, states[scored.candidate.digest]),
+        world.tokenizer,
+    )
+    if config.finalists.fit_steps:
+        world.net.load_state_dict(load_file(world.initial, device=world.net.device))
+        rows_RT = world.tokens_RT[: config.supernet.fit_rows]
+        how = record.fit_of(config, config.finalists.fit_steps)
+        bridge(finalists, world.net, rows_RT, how, world.heldout, world.tokenizer, ctx.progress)
+    training = config.distilling(config.finalists.tokens)
+    return halve(finalists, Halving(world.reader, training, world.heldout, world.net.device, ctx.progress))
+
+
+def _nothing_feasible(everyone: Sequence[Scored]) -> StageError:
+    nearest = min(everyone, key=lambda one: (max(one.excess.values()), one.candidate.digest))
+    missed = max(nearest.excess, key=lambda name: nearest.excess[name])
+    return StageError(
+        f"none of {len(everyone)} candidates keeps the budgets",
+        why=f"the nearest misses `{missed}` by {100 * nearest.excess[missed]:.1f}%",
+        fix="raise `evolution.generations`, or loosen that budget",
+    )

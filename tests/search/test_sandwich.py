@@ -1,0 +1,108 @@
+"""Sandwich training: whose gradients a step adds up, and that the same ones are chosen everywhere and every time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from supernet_toys import BLOCKS, KEYS
+
+from lmdistill.pipeline.stage import Artefact, ModelRef, SilentProgress, StageContext
+from lmdistill.search import run
+from lmdistill.search.candidate import Candidate
+from lmdistill.search.heldout import TrainingRows
+from lmdistill.search.ranking import Ranking
+from lmdistill.search.sandwich import Sandwich, train_supernet
+from lmdistill.search.space import shape_of
+from lmdistill.training.run import Place
+
+RANKING = Ranking(gone=(1, 3, 0, 2), local=(2, 0, 3, 1))
+
+
+@pytest.fixture(scope="module")
+def world(context: Callable[..., StageContext[Any]], tmp_path_factory: pytest.TempPathFactory) -> run.World:
+    return run.begin(context(tmp_path_factory.mktemp("world")))
+
+
+def test_a_step_has_the_largest_the_smallest_and_random_ones_by_seed_and_number(world: run.World) -> None:
+    sub = world.subs[0]
+    one, same, other = (Sandwich(sub, RANKING, 2, 1.0, seed) for seed in (3, 3, 4))
+    for step in range(5):
+        found = one.candidates(step)
+        assert [shape_of(each) for each in found[:2]] == [shape_of(sub.largest()), shape_of(sub.smallest())]
+        assert found == same.candidates(step) and len(found) == 4
+        assert all(sub.problems(each) == [] for each in found)
+    assert one.candidates(0)[:2] == one.candidates(1)[:2] and one.candidates(0)[2:] != one.candidates(1)[2:]
+    assert one.candidates(0)[2:] != other.candidates(0)[2:]
+
+
+def _one_step(
+    world: run.World, teacher: ModelRef, folder: Path, candidates: list[Candidate], relations: Any = None
+) -> dict[str, Any]:
+    """The names of the weights that one step moves, and the curve."""
+    from lmdistill.search.config import SearchConfig
+
+    keys = {**KEYS, "supernet": {**KEYS["supernet"], "relations": relations}}
+    config = SearchConfig.model_validate(keys)
+    world.net.load_state_dict(load_file(world.initial))
+    place = Place(world.initial, folder, folder / "work", "cpu", "toy", live_teacher=teacher)
+    distilling = config.distilling(world.reader.row_tokens * 4).model_copy(update={"log_steps": 1})
+    before = {name: tensor.clone() for name, tensor in world.net.state_dict().items()}
+    curve = train_supernet(
+        world.net,
+        lambda step: candidates,
+        world.reader,
+        distilling,
+        place,
+        SilentProgress(),
+        config.supernet.relations,
+    )
+    moved = {name for name, tensor in world.net.state_dict().items() if not torch.equal(tensor, before[name])}
+    return {"moved": moved, "curve": curve}
+
+
+def test_a_step_moves_the_weights_of_all_its_candidates_and_no_others(
+    world: run.World, teacher: ModelRef, tmp_path: Path
+) -> None:
+    sandwich = Sandwich(world.subs[0], RANKING, 0, 0.0, 0)
+    candidates = sandwich.candidates(0)
+    found = _one_step(world, teacher, tmp_path, candidates)
+    sources = {layer.source for one in candidates for layer in one.layers}
+    convolved = {layer.source for one in candidates for layer in one.layers if layer.operator == "conv"}
+    moved = {int(name.split(".")[2]) for name in found["moved"] if name.startswith("body.layers.")}
+    assert moved == sources and len(sources) < BLOCKS
+    assert {int(name.split(".")[1]) for name in found["moved"] if name.startswith("convolutions.")} == convolved
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_candidates(
+    world: run.World, teacher: ModelRef, tmp_path: Path
+) -> None:
+    first, second = Sandwich(world.subs[0], RANKING, 0, 0.0, 0).candidates(0)
+    losses = [
+        _one_step(world, teacher, tmp_path / str(number), candidates)["curve"][0]["loss"]
+        for number, candidates in enumerate(([first], [second], [first, second]))
+    ]
+    alone, both = losses[:2], losses[2]
+    assert both == pytest.approx(sum(alone) / 2, rel=1e-3) and alone[0] != alone[1]
+
+
+def test_rows_that_are_held_out_are_never_trained_on(signals: Artefact) -> None:
+    whole, held = TrainingRows(signals.out, "train", 0), TrainingRows(signals.out, "train", 4)
+    assert held.rows == len(held) == whole.rows - 4
+    first = whole.read(list(range(held.rows)))
+    assert (held.read(slice(None)).tokens_RT == first.tokens_RT).all()
+
+
+def test_attention_relations_of_every_candidate_join_the_loss(
+    world: run.World, teacher: ModelRef, tmp_path: Path
+) -> None:
+    candidates = Sandwich(world.subs[0], RANKING, 1, 1.0, 0).candidates(0)
+    keys = {"loss": "relation_kl", "weight": 0.5}
+    plain = _one_step(world, teacher, tmp_path / "plain", candidates)["curve"][0]
+    related = _one_step(world, teacher, tmp_path / "related", candidates, keys)["curve"][0]
+    assert related["relations"] > 0 and related["kd"] == pytest.approx(plain["kd"], rel=1e-4)
+    assert related["loss"] == pytest.approx(plain["loss"] + 0.5 * related["relations"], rel=1e-3)

@@ -1,0 +1,98 @@
+"""The search stage on toys: what comes out is a student, the same every time, stopped or not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from supernet_toys import BLOCKS, folder_bytes
+
+from lmdistill.errors import LmdistillError
+from lmdistill.pipeline.stage import StageContext
+from lmdistill.search.candidate import Candidate
+from lmdistill.stages.search import SearchStage
+
+STAGE = SearchStage()
+Make = Callable[..., StageContext[Any]]
+
+
+def run(ctx: StageContext[Any]) -> dict[str, Any]:
+    metrics = STAGE.run(ctx)
+    STAGE.verify(ctx, metrics)
+    return metrics
+
+
+@pytest.fixture(scope="module")
+def whole(context: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    run(context(folder))
+    return folder
+
+
+def test_a_search_ends_with_a_student_and_all_that_was_tried(whole: Path) -> None:
+    from lmdistill.checkpoints import load_model
+
+    found = json.loads((whole / "out" / "search.json").read_text())
+    assert len(found["candidates"]) == 4 * 3
+    assert found["winner"] == found["finalists"][0]["digest"]
+    assert [len(one["rounds"]) for one in found["finalists"]] == [2, 2, 1]
+    assert set(found["front"]) <= {one["digest"] for one in found["candidates"]}
+    volumes = found["sub_spaces"][0]["hypervolume"]
+    assert volumes == sorted(volumes)
+    student = json.loads((whole / "out" / "student.json").read_text())
+    winner = Candidate.from_json(student["candidate"])
+    assert winner.digest == found["winner"] and len(student["plan"]) == BLOCKS
+    model = load_model(whole / "out" / "model")
+    assert sum(p.numel() for p in model.parameters()) == winner.parameters == student["parameters"]
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_stopped_and_resumed_is_never_stopped(whole: Path, context: Make, tmp_path: Path) -> None:
+    """What is left of a search that was stopped in its super-network's training, and in its finalists' rounds."""
+    shutil.copytree(whole / "work", tmp_path / "work")
+    training = tmp_path / "work" / "sub-all" / "training"
+    for gone in ("trained.safetensors", "log.json"):
+        (training / gone).unlink()
+    newest = max(training.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    shutil.rmtree(newest)
+    scores = tmp_path / "work" / "sub-all" / "scores.jsonl"
+    lines = scores.read_text().splitlines(keepends=True)
+    scores.write_text("".join(lines[:3]) + lines[3][:20])  # the last line was being written
+    for after in (tmp_path / "work" / "finalists").glob("*/after-*.json"):
+        after.unlink()
+    run(context(tmp_path))
+    assert folder_bytes(tmp_path / "out") == folder_bytes(whole / "out")
+
+
+def test_pruning_tries_each_shape_once_and_trains_no_shared_weights(context: Make, tmp_path: Path) -> None:
+    keys = {"method": "prune", "selection_width": 0, "finalists": {"count": 1, "fit_steps": 0}}
+    run(context(tmp_path, **keys, space={"depth": [2, 3], "intermediate_sizes": [64, 96]}))
+    found = json.loads((tmp_path / "out" / "search.json").read_text())
+    shapes = [json.dumps([len(one["candidate"]["layers"]), one["parameters"]]) for one in found["candidates"]]
+    assert len(shapes) == 4 and found["sub_spaces"][0]["curve"] == []
+    assert found["finalists"][0]["rounds"] == []
+    assert not list((tmp_path / "work").rglob("checkpoint-*"))
+
+
+def test_budgets_that_nothing_keeps_are_refused_before_anything_is_trained(context: Make, tmp_path: Path) -> None:
+    with pytest.raises(LmdistillError, match="nearest point"):
+        run(context(tmp_path, budgets=["decode_tps >= 1e9"]))
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_the_winner_keeps_the_budgets(context: Make, tmp_path: Path) -> None:
+    keys = {"method": "prune", "evolution": {"population": 6}, "finalists": {"count": 1, "fit_steps": 0}}
+    free = context(tmp_path / "free", **keys)
+    run(free)
+    figures = [one["predicted"] for one in json.loads((free.out / "search.json").read_text())["candidates"]]
+    bound = sorted(one["decode_tps"] for one in figures)[len(figures) // 2]
+    bounded = context(tmp_path / "bounded", **keys, budgets=[f"decode_tps >= {bound:.0f}"])
+    run(bounded)
+    found = json.loads((bounded.out / "search.json").read_text())
+    (winner,) = (one for one in found["candidates"] if one["digest"] == found["winner"])
+    assert winner["feasible"] and winner["predicted"]["decode_tps"] >= bound * 0.999
