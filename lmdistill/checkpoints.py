@@ -19,11 +19,21 @@ TOKENIZER_FILES = (
 )
 
 
-def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", attn: str = "sdpa") -> Any:
-    """The causal LM in `folder`, in evaluation mode, weights in `dtype` on `device`."""
+def load_model(
+    folder: Path, dtype: str = "float32", device: str = "cpu", attn: str = "sdpa", load_in: str | None = None
+) -> Any:
+    """The causal LM in `folder`, in evaluation mode, weights in `dtype` on `device`.
+
+    With `load_in` (nf4, int8) its linear layers, but the head, are in so few bits.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    smaller: dict[str, Any] = {}
+    if load_in is not None:
+        from lmdistill.teachers.low_bits import bits_config
+
+        smaller = {"quantization_config": bits_config(load_in, getattr(torch, dtype)), "device_map": {"": device}}
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
@@ -31,8 +41,9 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", attn: 
         trust_remote_code=False,
         use_safetensors=True,
         attn_implementation=attn,
+        **smaller,
     )
-    return model.to(device).eval()
+    return (model if smaller else model.to(device)).eval()
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -7,24 +7,30 @@ moment the next run takes what is whole and makes the rest, to the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lmdistill.corpus.format import PAD, CorpusReader
+from lmdistill.corpus.format import PAD, TRAIN, CorpusReader
 from lmdistill.deployment.architectures import architecture_of
 from lmdistill.deployment.formats import FORMATS, Format, actual_fallbacks, weight_count
 from lmdistill.deployment.gguf_header import bits_per_weight, read_tensors
 from lmdistill.deployment.gguf_writer import Precision, read_config, write_gguf
 from lmdistill.deployment.golden import accepted_conversations
+from lmdistill.deployment.imatrix import importance_of
+from lmdistill.deployment.packed_gguf import verify_packed, write_packed_gguf
 from lmdistill.deployment.parity import measure_parity, write_reference
 from lmdistill.deployment.quantizer import quantize
 from lmdistill.deployment.tokenizer_proof import held_out, prove_tokenizer
 from lmdistill.errors import IntegrityError
 from lmdistill.pipeline.files import fsync, sha256_file, write_json, write_text
 from lmdistill.pipeline.stage import ModelRef, Progress
+from lmdistill.quantization.placement import Placement
+
+if TYPE_CHECKING:
+    from lmdistill.deployment.imatrix import Importance
 
 RECORD = "deployment.json"
 _SEQUENCE = 256  # tokens of a sequence of built-in text
@@ -43,6 +49,7 @@ class Export:
     work: Path
     corpus: CorpusReader | None = None
     threads: int | None = None
+    imatrix_tokens: int | None = None  # of the training split; None: llama.cpp weighs all inputs alike
 
     def file(self, format_: Format) -> Path:
         """Where a format's file goes."""
@@ -70,7 +77,7 @@ class Export:
     def _write_files(self, formats: Sequence[Format], progress: Progress) -> Path:
         """Make the files that are not there; returns the one all tokenizers are copied from."""
         base = self.file(FORMATS["f32"]) if "f32" in self.formats else self.work / f"{self.name}-F32.gguf"
-        if any(format_.ftype for format_ in formats):
+        if any(format_.ftype and not self._packed(format_) for format_ in formats):
             self._ensure(base, progress, partial(self._make, FORMATS["f32"], base))
         for format_ in formats:
             self._ensure(self.file(format_), progress, partial(self._make, format_, base))
@@ -78,11 +85,31 @@ class Export:
 
     def _make(self, format_: Format, base: Path, target: Path) -> None:
         """Write one file: quantised from `base`, or straight from the checkpoint."""
-        if format_.ftype:
-            quantize(base, target, format_, threads=self.threads)
+        placement = self._packed(format_)
+        if placement is not None:
+            write_packed_gguf(
+                self.model.path, target, placement, format_.name, name=self.name, parent=self.model.digest
+            )
+        elif format_.ftype:
+            importance = self._importance if self.imatrix_tokens and format_.quantized else None
+            quantize(base, target, format_, threads=self.threads, importance=importance)
         else:
             precision: Precision = "f32" if format_.name == "f32" else "f16"
             write_gguf(self.model.path, target, precision, name=self.name, parent=self.model.digest)
+
+    def _packed(self, format_: Format) -> Placement | None:
+        """Where the model lies, if that is on this format's grids: the file is then packed, not quantised."""
+        placement = Placement.load(self.model.path) if format_.quantized else None
+        return placement if placement is not None and placement.preset == format_.name else None
+
+    @cached_property
+    def _importance(self) -> Importance:
+        """Of the inputs of all layers, on the first tokens of the training split."""
+        assert self.corpus is not None and self.imatrix_tokens is not None  # the stage asks for both
+        split = self.corpus.split(TRAIN)
+        rows = zip(split.tokens_RT, split.flags_RT, strict=True)
+        text = ([int(token) for token in tokens[flags & PAD == 0]] for tokens, flags in rows)
+        return importance_of(self.model.path, _first(text, self.imatrix_tokens), self.threads)
 
     def _ensure(self, path: Path, progress: Progress, make: Callable[[Path], object]) -> None:
         """Have `path` whole: keep it where its recorded sha256 still holds, else make it."""
@@ -112,7 +139,16 @@ class Export:
             "fallback_share": round(
                 sum(tensors[name].weights for name in fallbacks) / sum(t.weights for t in tensors.values()), 4
             ),
+            **self._origin(format_),
         }
+
+    def _origin(self, format_: Format) -> dict[str, Any]:
+        """How a quantised file came about, where llama.cpp did not make it alone."""
+        if self._packed(format_) is not None:
+            return {"note": "trained on its grid", "bit_equal": verify_packed(self.file(format_), self.model.path)}
+        if self.imatrix_tokens and format_.quantized:
+            return {"note": f"imatrix of {self.imatrix_tokens:,} tokens"}
+        return {}
 
     def _record(self, entries: list[dict[str, Any]], tokenizer: dict[str, Any]) -> dict[str, Any]:
         architecture = architecture_of(read_config(self.model.path))
@@ -141,7 +177,7 @@ class Export:
         return _first([ids[at : at + length] for at in range(0, len(ids), length)], self.parity_tokens)
 
 
-def _first(sequences: Sequence[list[int]], tokens: int) -> list[list[int]]:
+def _first(sequences: Iterable[list[int]], tokens: int) -> list[list[int]]:
     """The first sequences, cut to `tokens` tokens together."""
     taken: list[list[int]] = []
     for sequence in sequences:
@@ -171,12 +207,14 @@ class Limits:
         return found
 
 
-def verify_deployment(out: Path, limits: Limits) -> None:
+def verify_deployment(out: Path, limits: Limits, model: Path | None = None) -> None:
     """Check that the files are those recorded and stay within `limits`; raises IntegrityError with the numbers."""
     record = json.loads((out / RECORD).read_text("utf-8"))
     for entry in record["files"]:
         if sha256_file(out / entry["file"]) != entry["sha256"]:
             raise IntegrityError(f"{entry['file']} changed after it was measured", fix="run the stage again")
+        if "bit_equal" in entry and model is not None:
+            verify_packed(out / entry["file"], model)
     problems = [f"{entry['file']}: {text}" for entry in record["files"] for text in limits.breaches(entry)]
     if problems:
         raise IntegrityError(

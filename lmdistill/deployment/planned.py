@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from lmdistill.pipeline.stage import PreflightContext
 
 _TEACHERS = {
     "hidden_size": "hidden_size",
@@ -46,3 +50,21 @@ def planned_parameters(student: Mapping[str, Any], teacher: Mapping[str, Any]) -
 
     config = planned_config(student, teacher)
     return None if config is None else parameters.count(SimpleNamespace(**config))
+
+
+def config_ahead(ctx: PreflightContext[Any], role: str) -> dict[str, Any] | None:
+    """config.json of the model that plays `role`, where it is there or the recipe tells what it will be."""
+    planned, teacher = ctx.one(role), _config_of(ctx.teacher.path if ctx.teacher else None)
+    if planned.artefact is not None:
+        return _config_of(planned.artefact.model().path)
+    if planned.stage == "teacher" or teacher is None:
+        return teacher
+    student = planned if planned.stage == "student" else ctx.ancestor("student")
+    return None if student is None else planned_config(student.config.model_dump(), teacher)
+
+
+def _config_of(folder: Path | None) -> dict[str, Any] | None:
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    return config

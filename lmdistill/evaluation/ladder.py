@@ -33,6 +33,7 @@ class Subject:
     params: int
     file_bytes: int
     fallback_share: float | None = None  # of a file's weights, in wider types than its format's name says
+    note: str = ""  # how a file came about, where that is out of the ordinary
 
 
 def checkpoint(name: str, role: Role, folder: Path, parent: str | None) -> Subject:
@@ -68,10 +69,10 @@ def _files(deployment: Artefact, parents: dict[str, Subject]) -> list[Subject]:
         path = deployment.out / entry["file"]
         if path.suffix in FILE_RUNTIMES:
             row = f"{deployment.name}/{entry['format']}"
-            size = path.stat().st_size
-            runtime, share = FILE_RUNTIMES[path.suffix], entry.get("fallback_share")
+            size, runtime = path.stat().st_size, FILE_RUNTIMES[path.suffix]
+            share, note = entry.get("fallback_share"), entry.get("note", "")
             subjects.append(
-                Subject(row, "file", runtime, entry["format"], path, parent.name, parent.params, size, share)
+                Subject(row, "file", runtime, entry["format"], path, parent.name, parent.params, size, share, note)
             )
     return subjects
 

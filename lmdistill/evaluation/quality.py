@@ -114,6 +114,7 @@ def describe(subjects: Sequence[Subject], sums: dict[str, RowSums]) -> list[dict
                 **summarise(sums[subject.name]),
                 "nll_gap": gap,
                 "nll_gap_se": gap_error,
+                **({"note": subject.note} if subject.note else {}),
             }
         )
     return rows

@@ -13,7 +13,7 @@ from lmdistill.on_policy.config import OnPolicyConfig
 from lmdistill.on_policy.prompts import Prompt, digest
 from lmdistill.pipeline.keys import semantic
 from lmdistill.pipeline.stage import ModelRef, Progress
-from lmdistill.training.run import Place, argument_keys, bind, round_matrices
+from lmdistill.training.run import Place, argument_keys, bind, save_settled
 
 
 def train(prompts: Sequence[Prompt], config: OnPolicyConfig, place: Place, progress: Progress) -> dict[str, Any]:
@@ -24,7 +24,8 @@ def train(prompts: Sequence[Prompt], config: OnPolicyConfig, place: Place, progr
     """
     from transformers import set_seed
 
-    from lmdistill.checkpoints import load_model, save_model
+    from lmdistill.checkpoints import load_model
+    from lmdistill.quantization.on_grid import kept_on_its_grids
     from lmdistill.training import optimizer
     from lmdistill.training.live_teacher import check_head, open_live
     from lmdistill.training.trainer import last_checkpoint
@@ -35,6 +36,7 @@ def train(prompts: Sequence[Prompt], config: OnPolicyConfig, place: Place, progr
     bind(place.work, identity | {"settings": semantic(config, str)})
     set_seed(config.seed)
     model = load_model(place.student, device=place.device)
+    kept_on_its_grids(model, place.student)
     before = deepcopy((model.config, model.generation_config))
     frozen = optimizer.freeze(model, list(config.freeze))
     engine = open_live(teacher, place.student, config.precision, place.device, isolate=False)
@@ -42,9 +44,7 @@ def train(prompts: Sequence[Prompt], config: OnPolicyConfig, place: Place, progr
     trainer = _trainer(model, engine, prompts, config, place, progress)
     trainer.train_from(last_checkpoint(place.work))
     model.config, model.generation_config = before  # TRL sets the padding token
-    if config.save_grid == "float16":
-        round_matrices(model)
-    save_model(model.float(), place.output, tokenizer_from=place.student)
+    save_settled(model, place, config.save_grid == "float16")
     return _record(identity["prompts"], config, trainer.state, frozen, model)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from lmdistill.losses.fused_head import Mix, Sums, fused_head_loss
 from lmdistill.losses.registry import LiveTeacher, Targets
+from lmdistill.quantization.on_grid import seen_weight
 from lmdistill.teachers.reduction import reduce_logits
 from lmdistill.training.student_forward import at
 
@@ -62,4 +63,4 @@ def score(
         live = teacher.speak(tokens_RT, None, counted_N)
         with torch.no_grad():
             targets = targets_of(live, at(labels_RT, counted_N), k, chunk)
-        return fused_head_loss(hidden_ND, student.get_output_embeddings().weight, targets, mix, chunk)
+        return fused_head_loss(hidden_ND, seen_weight(student.get_output_embeddings()), targets, mix, chunk)

@@ -22,6 +22,7 @@ import torch
 from lmdistill.errors import IntegrityError, PreflightError
 
 Scales = Mapping[str, torch.Tensor]
+_REACH = 0.501  # of a step: what is farther from its point lies beyond the grid's ends
 _CPU_CHUNK, _GPU_CHUNK = 2**17, 2**26  # weights at a time: what a core's cache holds; what a GPU is kept busy by
 
 
@@ -40,6 +41,9 @@ class Grid(ABC):
     name: ClassVar[str] = ""
     code_dtype: ClassVar[torch.dtype] = torch.uint8
     dynamic_activations: ClassVar[bool] = False  # whether its runtime rounds the activations of a linear layer too
+    searches: ClassVar[bool] = False  # whether finding the reference's scales takes longer than a step of training
+    learnable: ClassVar[tuple[str, ...] | None] = None  # scales that can be trained; None: all of a float dtype
+    either_sign: ClassVar[bool] = False  # whether a scale may be negative, so that the last point is at the other end
 
     @property
     @abstractmethod
@@ -52,6 +56,11 @@ class Grid(ABC):
         """Y."""
 
     @property
+    @abstractmethod
+    def code_bits(self) -> int:
+        """Bits of a code, without what the block's scales take."""
+
+    @property
     def bits_per_weight(self) -> float:
         """In a file, scales included."""
         return 8 * self.block_bytes / self.block
@@ -61,11 +70,11 @@ class Grid(ABC):
         """Codes `[N, B]` as whole float32 numbers and the scales that the reference chooses for them."""
 
     @abstractmethod
-    def _nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes `[N, B]`, as whole float32 numbers, of the points nearest to the weights on the grid of `scales`."""
 
     @abstractmethod
-    def _points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """The weights `[N, B]` that float32 codes stand for."""
 
     @abstractmethod
@@ -105,12 +114,31 @@ class Grid(ABC):
         ]
         codes_NB = torch.cat([codes for codes, _ in parts])
         merged = {name: torch.cat([found[name] for _, found in parts]) for name in parts[0][1]}
-        return Quantised(codes_NB.view(weights.shape), self._by_row(merged, weights.shape))
+        return Quantised(codes_NB.view(weights.shape), self.by_row(merged, weights.shape))
+
+    def start(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The scales that training begins with: the reference's."""
+        return self.quantise(weights).scales
+
+    def answering(self, weights_NB: torch.Tensor, points_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """Blocks whose gradient in float32 `scales` is what training uses; their values mean nothing.
+
+        As LSQ (arXiv 1902.08153) has it, by the grid's own formula, which is linear in each scale and in the code: a
+        weight between the grid's ends has as code what its rounding added, one beyond them its end's.
+        """
+        zeros_NB = torch.zeros_like(points_NB)
+        low_NB = self.points(zeros_NB, scales)
+        step_NB = (self.points(torch.ones_like(points_NB), scales) - low_NB).detach()
+        inside_NB = (points_NB - weights_NB).abs() <= _REACH * step_NB.abs()
+        start_NB = torch.where(inside_NB, weights_NB, low_NB.detach())
+        codes_NB = torch.where(step_NB == 0, 0.0, (points_NB - start_NB) / step_NB)
+        # a minimum moves the point only where the code cannot answer
+        return low_NB * (~inside_NB) + (self.points(codes_NB, scales) - self.points(zeros_NB, scales))
 
     def dequantise(self, quantised: Quantised) -> torch.Tensor:
         """The float32 weights `[…, W]` that the file's runtime reads; differentiable in scales of a float dtype."""
         codes_NB = quantised.codes.reshape(-1, self.block).float()
-        return self._points(codes_NB, self._by_block(quantised.scales)).view(quantised.codes.shape)
+        return self.points(codes_NB, self.by_block(quantised.scales)).view(quantised.codes.shape)
 
     def fake_quantise(self, weights: torch.Tensor, scales: Scales | None = None) -> torch.Tensor:
         """`dequantise(quantise(weights, scales))`, bit for bit, with the gradient passed straight to `weights`.
@@ -123,7 +151,7 @@ class Grid(ABC):
     def pack(self, quantised: Quantised) -> torch.Tensor:
         """The file's bytes, uint8 `[…, W / B · Y]`."""
         codes_NB = quantised.codes.reshape(-1, self.block)
-        packed_NY = self._to_bytes(codes_NB, self._by_block(quantised.scales))
+        packed_NY = self._to_bytes(codes_NB, self.by_block(quantised.scales))
         *rows, width = quantised.codes.shape
         return packed_NY.reshape(*rows, width // self.block * self.block_bytes)
 
@@ -134,7 +162,7 @@ class Grid(ABC):
             raise IntegrityError(f"rows of {width} bytes are not made of whole '{self.name}' blocks")
         codes_NB, scales = self._from_bytes(packed.reshape(-1, self.block_bytes))
         shape = torch.Size((*rows, width // self.block_bytes * self.block))
-        return Quantised(codes_NB.to(self.code_dtype).view(shape), self._by_row(scales, shape))
+        return Quantised(codes_NB.to(self.code_dtype).view(shape), self.by_row(scales, shape))
 
     def pack_exactly(self, weights: torch.Tensor, scales: Scales | None = None, tensor: str = "a tensor") -> Any:
         """The bytes of weights that already lie on this grid; raises IntegrityError where one of them does not."""
@@ -155,7 +183,7 @@ class Grid(ABC):
         points_NB = points.view(-1, self.block)
         stored = None if scales is None else self.stored(scales)
         for rows, codes_NB, found in self._encoded(weights, stored):
-            points_NB[rows] = self._points(codes_NB, found)
+            points_NB[rows] = self.points(codes_NB, found)
         return points
 
     def _encoded(
@@ -164,24 +192,28 @@ class Grid(ABC):
         """Chunks of blocks: where they are, their codes as float32, and their scales."""
         self.check_width(weights.shape[-1])
         blocks_NB = weights.reshape(-1, self.block)
-        given = None if scales is None else self._by_block(scales)
-        chunk = max(1, (_CPU_CHUNK if weights.device.type == "cpu" else _GPU_CHUNK) // self.block)
-        for start in range(0, len(blocks_NB), chunk):
-            rows = slice(start, start + chunk)
+        given = None if scales is None else self.by_block(scales)
+        for rows in self.chunks(weights):
             chunk_NB = blocks_NB[rows].float()
             if given is None:
                 codes_NB, found = self._search(chunk_NB)
             else:
                 found = {name: scale[rows] for name, scale in given.items()}
-                codes_NB = self._nearest(chunk_NB, found)
+                codes_NB = self.nearest(chunk_NB, found)
             yield rows, codes_NB.add_(0.0), found  # +0: the integer code 0 has no sign, and its point must not either
 
-    def _by_row(self, scales: Scales, shape: torch.Size) -> dict[str, torch.Tensor]:
+    def chunks(self, weights: torch.Tensor) -> Iterator[slice]:
+        """Slices of as many blocks of `weights` as are worked on at once."""
+        count, at_once = weights.numel() // self.block, _CPU_CHUNK if weights.device.type == "cpu" else _GPU_CHUNK
+        for start in range(0, count, max(1, at_once // self.block)):
+            yield slice(start, start + max(1, at_once // self.block))
+
+    def by_row(self, scales: Scales, shape: torch.Size) -> dict[str, torch.Tensor]:
         """Scales `[N]` or `[N, G]` as `[…, W / B]` or `[…, W / B, G]`."""
         lead = (*shape[:-1], shape[-1] // self.block)
         return {name: scale.view(*lead, *scale.shape[1:]) for name, scale in scales.items()}
 
-    def _by_block(self, scales: Scales) -> dict[str, torch.Tensor]:
+    def by_block(self, scales: Scales) -> dict[str, torch.Tensor]:
         """The reverse of `_by_row`."""
         per_block = self.sub_blocks()
         return {name: scale.reshape(-1, *per_block.get(name, ())) for name, scale in scales.items()}

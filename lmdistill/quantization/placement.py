@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lmdistill.errors import IntegrityError
 from lmdistill.pipeline.files import fsync, write_text
+
+if TYPE_CHECKING:
+    from lmdistill.quantization.grid import Grid
 
 FOLDER = "grids"
 _BETWEEN = "|"
@@ -27,6 +30,24 @@ class Placement:
 
     grids: dict[str, str]  # a grid of `quantization/grids`, f32 or f16
     scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a tensor's grid, where it has some
+    preset: str = ""  # the file type that this is, by llama.cpp's name, or the grid's name
+
+    def grid(self, tensor: str) -> Grid:
+        """The grid of a tensor that is on one, with its options."""
+        from lmdistill.quantization.registry import get
+
+        return get(self.grids[tensor], **self.options.get(tensor, {}))
+
+    def on_grids(self) -> dict[str, Grid]:
+        """The grids of all tensors that are on one."""
+        from lmdistill.quantization.plan import FLOATS
+
+        return {tensor: self.grid(tensor) for tensor, kind in self.grids.items() if kind not in FLOATS}
+
+    def with_scales(self, scales: dict[str, dict[str, torch.Tensor]]) -> Placement:
+        """The same places with these scales."""
+        return replace(self, scales=scales)
 
     def save(self, model: Path) -> None:
         """Write it into the model folder `model`, whole or not at all."""
@@ -43,7 +64,10 @@ class Placement:
         save_file(flat, unfinished)
         fsync(unfinished)
         unfinished.replace(folder / "scales.safetensors")
-        write_text(folder / "grids.json", json.dumps({"version": 1, "tensors": self.grids}, indent=1) + "\n")
+        write_text(folder / "grids.json", json.dumps(self._record(), indent=1) + "\n")
+
+    def _record(self) -> dict[str, Any]:
+        return {"version": 1, "preset": self.preset, "tensors": self.grids, "options": self.options}
 
     @staticmethod
     def load(model: Path) -> Placement | None:
@@ -60,23 +84,23 @@ class Placement:
         for key, scale in load_file(folder / "scales.safetensors").items():
             tensor, _, name = key.rpartition(_BETWEEN)
             scales.setdefault(tensor, {})[name] = scale
-        return Placement(record["tensors"], scales)
+        return Placement(record["tensors"], scales, record["options"], record["preset"])
 
 
-def place(tensors: Mapping[str, torch.Tensor], grids: Mapping[str, str]) -> tuple[dict[str, torch.Tensor], Placement]:
-    """Put a checkpoint's tensors on `grids` as the reference would: the points, and where they lie."""
-    from lmdistill.quantization.plan import FLOATS
-    from lmdistill.quantization.registry import get
-
+def place(
+    tensors: Mapping[str, torch.Tensor], wanted: Placement | Mapping[str, str]
+) -> tuple[dict[str, torch.Tensor], Placement]:
+    """Put a checkpoint's tensors where they are wanted, as the reference would: the points, and where they lie."""
+    placement = wanted if isinstance(wanted, Placement) else Placement(dict(wanted))
     points: dict[str, torch.Tensor] = {}
     scales: dict[str, dict[str, torch.Tensor]] = {}
+    on_grids = placement.on_grids()
     for tensor, weights in tensors.items():
-        kind = grids[tensor]
-        if kind in FLOATS:
-            points[tensor] = weights.float() if kind == "f32" else weights.half().float()
+        if tensor not in on_grids:
+            points[tensor] = weights.float() if placement.grids[tensor] == "f32" else weights.half().float()
             continue
-        grid = get(kind)
+        grid = on_grids[tensor]
         grid.check_width(weights.shape[-1], tensor)
         quantised = grid.quantise(weights)
         points[tensor], scales[tensor] = grid.dequantise(quantised), quantised.scales
-    return points, Placement(dict(grids), scales)
+    return points, placement.with_scales(scales)

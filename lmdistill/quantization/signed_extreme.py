@@ -19,6 +19,7 @@ class SignedExtremeGrid(Grid):
     """Points (code − half) · d with 2 · half codes; d = extreme / −half, so that only one end has the last point."""
 
     half: ClassVar[int]
+    either_sign = True
     block = 32
 
     def scale_dtypes(self) -> dict[str, torch.dtype]:
@@ -34,12 +35,12 @@ class SignedExtremeGrid(Grid):
         codes_NB = (blocks_NB * inverse_N1).add_(shift_N1).floor_().clamp_(max=2 * self.half - 1)
         return codes_NB, {"d": d_N1.squeeze(1).half()}
 
-    def _nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """A scale of zero leaves only the point 0."""
         d_N1 = scales["d"].float().unsqueeze(1)
         steps_NB = torch.where(d_N1 == 0, 0.0, blocks_NB / d_N1)
         return steps_NB.round_().add_(self.half).clamp_(0, 2 * self.half - 1)
 
-    def _points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """One product, rounded once (exact but for overflow: 11 bits times 4 or 5)."""
         return (codes_NB - self.half) * scales["d"].float().unsqueeze(1)

@@ -53,6 +53,7 @@ class DistillStage(Stage[DistillConfig]):
         from lmdistill.curriculum.pacing import pacings
         from lmdistill.intermediate import registry as intermediate
         from lmdistill.losses import registry as losses
+        from lmdistill.quantization.wanted import grid_choices
         from lmdistill.training.optimizers import kinds
         from lmdistill.training.schedules import shapes
         from lmdistill.training.token_weights import weightings
@@ -67,6 +68,7 @@ class DistillStage(Stage[DistillConfig]):
             "curriculum.difficulty": {name: measure.summary for name, measure in measures().items()},
             "curriculum.pacing": pacings(),
             "token_weights.by": {name: described(entry) for name, entry in weightings().items()},
+            "quantize.grid": grid_choices(),
             "optimizer": {name: kind.summary for name, kind in kinds().items()},
         }
 
@@ -74,12 +76,13 @@ class DistillStage(Stage[DistillConfig]):
         """The loss and its keys. (That student and cache share their tokens is the student stage's to check.)"""
         from lmdistill.intermediate.checks import check_intermediate
         from lmdistill.training.extra_checks import check_extras
+        from lmdistill.training.grid_checks import check_grids
         from lmdistill.training.launch_checks import check_launch
         from lmdistill.training.loss_checks import check_live_teacher, check_loss
         from lmdistill.training.phase_checks import check_phases
 
         problems = check_loss(ctx) + check_live_teacher(ctx) + check_phases(ctx) + check_intermediate(ctx)
-        problems += check_extras(ctx) + check_launch(ctx)
+        problems += check_extras(ctx) + check_launch(ctx) + check_grids(ctx)
         header = Path(sysconfig.get_path("include")) / "Python.h"
         if ctx.config.compile and not (shutil.which(os.environ.get("CXX", "g++")) and header.exists()):
             problems.append(
@@ -110,6 +113,9 @@ class DistillStage(Stage[DistillConfig]):
         activations = 2 * rows * length * shape["layers"] * (34 * width + 6 * inner)
         logits = 12 * ctx.config.chunk * teacher["vocab_size"]
         operations, memory = _live_load(ctx, teacher, rows * length)
+        if ctx.config.quantize:
+            operations += 2 * parameters if ctx.config.self_teacher else 0
+            memory += 4 * parameters * (2 if ctx.config.self_teacher == "frozen" else 1)
         return Estimate(
             (6 * parameters + operations) * ctx.config.tokens_seen / CPU_FLOPS,
             2 * 12 * parameters + 4 * parameters,

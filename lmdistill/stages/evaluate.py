@@ -78,7 +78,10 @@ class EvaluateStage(Stage[EvaluateConfig]):
 
     def preflight(self, ctx: PreflightContext[EvaluateConfig]) -> list[LmdistillError]:
         """Runtimes, split, each file's model, gates' names; disk and memory are checked by the pipeline."""
-        return [*_missing_runtimes(ctx), *_missing_split(ctx), *_missing_models(ctx), *_wrong_gates(ctx)]
+        from lmdistill.evaluation.ptq_rows import missing_ptq
+
+        found = [*_missing_runtimes(ctx), *_missing_split(ctx), *_missing_models(ctx), *_wrong_gates(ctx)]
+        return [*found, *missing_ptq(ctx.name, ctx.inputs.get("deployments", ()))]
 
     def estimate(self, ctx: PreflightContext[EvaluateConfig]) -> Estimate:
         """Scoring at the pace of a small model on two cores, and the scratch references."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from lmdistill.deployment.formats import FORMATS, fallback_share, known_format
 from lmdistill.errors import LmdistillError, PreflightError
-from lmdistill.pipeline.stage import Estimate, Input, PreflightContext, Stage, StageConfig, StageContext
+from lmdistill.pipeline.stage import AddedKey, Estimate, Input, PreflightContext, Stage, StageConfig, StageContext
 
 NOTED_SHARE = 0.1  # of the weights: above it the plan says that a format is not what its name says
 
@@ -36,6 +34,10 @@ class ExportConfig(StageConfig):
     )
     max_kl: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="highest mean KL of the other formats, nats a token; null: recorded, not judged"
+    )
+
+    imatrix_tokens: Annotated[int | None, AddedKey(), Field(ge=1)] = Field(
+        default=None, description="tokens of training text for an importance matrix; null: quantised without one"
     )
 
     @field_validator("formats")
@@ -73,7 +75,9 @@ class ExportStage(Stage[ExportConfig]):
 
     def estimate(self, ctx: PreflightContext[ExportConfig]) -> Estimate:
         """Disk for the files, their 32-bit base and the reference; says which formats will not be what they say."""
-        config = _model_config(ctx)
+        from lmdistill.deployment.planned import config_ahead
+
+        config = config_ahead(ctx, "model")
         if config is None:
             return Estimate()
         from lmdistill.deployment.architectures import architecture_of
@@ -109,6 +113,7 @@ class ExportStage(Stage[ExportConfig]):
             work=ctx.work,
             corpus=CorpusReader(corpora[0].out) if corpora else None,
             threads=ctx.runtime.threads,
+            imatrix_tokens=ctx.config.imatrix_tokens,
         )
         record = export.run(ctx.progress)
         shown = ("bytes", "bits_per_weight", "fallback_share")
@@ -122,39 +127,50 @@ class ExportStage(Stage[ExportConfig]):
         from lmdistill.deployment.export import Limits, verify_deployment
 
         config = ctx.config
-        verify_deployment(ctx.out, Limits(config.max_kl_f32, config.max_kl_f16, config.min_top1, config.max_kl))
+        limits = Limits(config.max_kl_f32, config.max_kl_f16, config.min_top1, config.max_kl)
+        verify_deployment(ctx.out, limits, ctx.one("model").model().path)
 
 
-def _config_of(folder: Path | None) -> dict[str, Any] | None:
-    if folder is None or not (folder / "config.json").is_file():
-        return None
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-    return config
+def _second_grid(ctx: PreflightContext[ExportConfig]) -> None:
+    """Raise PreflightError where weights trained on one grid would be put on another, or where no file holds them."""
+    from lmdistill.quantization.plan import PRESETS
+    from lmdistill.quantization.planned import lies_on
+
+    preset = lies_on(ctx.one("model"))
+    if preset is None:
+        return
+    if preset not in PRESETS:
+        raise PreflightError(
+            f"stage '{ctx.name}': a GGUF file cannot hold a model trained on grid '{preset}'",
+            fix="export to the runtime that grid is for, or train on one of " + ", ".join(PRESETS),
+        )
+    if other := [name for name in ctx.config.formats if FORMATS[name].quantized and name != preset]:
+        raise PreflightError(
+            f"stage '{ctx.name}': `formats: {other[0]}` would quantise a model a second time",
+            why=f"its weights were trained on '{preset}' and lie there",
+            fix=f"set `formats: [{preset}]` (f32 and f16 may stand beside it), or export the model before `quantize`",
+        )
 
 
-def _model_config(ctx: PreflightContext[ExportConfig]) -> dict[str, Any] | None:
-    """config.json of the model to export, where it is there or the recipe tells what it will be."""
-    planned, teacher = ctx.one("model"), _config_of(ctx.teacher.path if ctx.teacher else None)
-    if planned.artefact is not None:
-        return _config_of(planned.artefact.model().path)
-    if planned.stage == "teacher" or teacher is None:
-        return teacher
-    student = planned if planned.stage == "student" else ctx.ancestor("student")
-    if student is None:
-        return None
-    from lmdistill.deployment.planned import planned_config
-
-    return planned_config(student.config.model_dump(), teacher)
+def _needs_text(ctx: PreflightContext[ExportConfig]) -> None:
+    """Raise PreflightError where an importance matrix is asked for without text."""
+    if ctx.config.imatrix_tokens and not ctx.inputs.get("corpus"):
+        raise PreflightError(
+            f"stage '{ctx.name}': `imatrix_tokens` needs a corpus", fix="name the corpus stage in `from` too"
+        )
 
 
 def _checks(ctx: PreflightContext[ExportConfig]) -> Iterator[Any]:
     """What can be tried before anything runs; each raises where the export would fail."""
     from lmdistill.deployment.architectures import architecture_of
     from lmdistill.deployment.llama_cpp_runtime import llama_library
+    from lmdistill.deployment.planned import config_ahead
     from lmdistill.deployment.vocabulary import check_tokenizer
 
     yield llama_library
-    if (config := _model_config(ctx)) is not None:
+    yield lambda: _second_grid(ctx)
+    yield lambda: _needs_text(ctx)
+    if (config := config_ahead(ctx, "model")) is not None:
         yield lambda: architecture_of(config)
     if ctx.teacher is not None and (ctx.teacher.path / "tokenizer.json").is_file():
         folder = ctx.teacher.path

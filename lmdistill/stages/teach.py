@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -17,7 +16,6 @@ from lmdistill.pipeline.stage import (
     AddedKey,
     Estimate,
     Input,
-    ModelRef,
     PreflightContext,
     Runtime,
     RuntimeKey,
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from lmdistill.corpus.format import CorpusReader
     from lmdistill.signals.shard_work import Executor
     from lmdistill.teachers.engine import EngineOptions
-    from lmdistill.teachers.engine_parity import Proof
 
 CPU_FLOPS = 2e11  # of two cores with AVX512-BF16, measured: 860 tokens a second of a 135 M teacher
 
@@ -49,6 +46,11 @@ class TeachConfig(StageConfig):
     )
     k: Annotated[int, Field(ge=1, le=65_536)] = Field(default=32, description="log-probs kept of each token's teacher")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="the teacher's weights and logits")
+    load_in: Annotated[Literal["nf4", "int8"] | None, AddedKey()] = Field(
+        default=None,
+        description="the teacher's linear layers in 4 or 8 bits (bitsandbytes): less memory, another teacher; what it "
+        "loses is measured on `parity_rows` rows, for which it is first loaded whole on the CPU",
+    )
     engine: str = Field(default="transformers", description="what runs the teacher (lmdistill/teachers/registry.py)")
     splits: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default=("train",), description="splits of the corpus to score"
@@ -139,11 +141,12 @@ class TeachStage(Stage[TeachConfig]):
 
     def tools_used(self, config: TeachConfig) -> tuple[str, ...]:
         """Those of the engine and of the variant."""
-        return tools_of(config.engine) + TOOLS.get(config.variant, ())
+        low_bits = ("bitsandbytes",) if config.load_in else ()
+        return tools_of(config.engine) + TOOLS.get(config.variant, ()) + low_bits
 
     def preflight(self, ctx: PreflightContext[TeachConfig]) -> list[LmdistillError]:
         """Engine, variant, K against the vocabulary, token maps, teachers, hidden states, splits, the Ray cluster."""
-        from lmdistill.teachers.planned import check_planned_ensemble, check_planned_hidden
+        from lmdistill.teachers.planned import check_planned_bits, check_planned_ensemble, check_planned_hidden
 
         ctx = replace(ctx, teacher=planned_speaker(ctx))
         errors: list[LmdistillError] = []
@@ -153,6 +156,7 @@ class TeachStage(Stage[TeachConfig]):
             _check_tokens,
             check_planned_ensemble,
             check_planned_hidden,
+            check_planned_bits,
             _check_splits,
             _check_ray,
         )
@@ -192,6 +196,7 @@ class TeachStage(Stage[TeachConfig]):
         from lmdistill.teachers.ensemble_members import bring_members, check_members
         from lmdistill.teachers.opening import open_engine
         from lmdistill.teachers.planned import layout_of, who_speaks
+        from lmdistill.teachers.proving import proof_of, record_of
 
         ctx = replace(ctx, teacher=speaker(ctx))
         corpus, teacher = CorpusReader(ctx.one("corpus").out), ctx.need_teacher()
@@ -213,7 +218,7 @@ class TeachStage(Stage[TeachConfig]):
                 _options(ctx, corpus),
                 tuple(others),
                 ctx.config.ensemble_weights,
-                _proof(ctx, corpus, [teacher, *others]),
+                proof_of(ctx, corpus, [teacher, *others]),
             ),
             shard_rows=ctx.config.shard_rows,
             batch_rows=ctx.config.batch_rows,
@@ -225,7 +230,7 @@ class TeachStage(Stage[TeachConfig]):
         first = statistics[ctx.config.splits[0]]
         summary = {name: first[name] for name in ("bytes_per_token", "head_mass", "teacher_nll")}
         summary["tokens"] = sum(int(figures["tokens"] or 0) for figures in statistics.values())
-        proven = {"parity": json.loads(_record(ctx).read_text())} if _record(ctx).exists() else {}
+        proven = {"parity": json.loads(record_of(ctx).read_text())} if record_of(ctx).exists() else {}
         return {"k": manifest.layout.k, **summary, **proven, "splits": statistics, "digest": manifest.digest}
 
     def verify(self, ctx: StageContext[TeachConfig], metrics: dict[str, Any]) -> None:
@@ -254,31 +259,6 @@ def _version(config: TeachConfig) -> str:
     return served_version(config.endpoint)
 
 
-def _record(ctx: StageContext[TeachConfig]) -> Path:
-    """Where the figures of the engine's proof are, once it is made."""
-    return ctx.work / "parity.json"
-
-
-def _proof(ctx: StageContext[TeachConfig], corpus: CorpusReader, teachers: list[ModelRef]) -> Proof | None:
-    """Rows of the first split, spread over it, on which the engine must say what the reference says."""
-    import numpy as np
-
-    from lmdistill.corpus.format import DOC_START
-    from lmdistill.teachers.engine_parity import REFERENCE, Proof
-
-    if ctx.config.engine == REFERENCE or not ctx.config.parity_rows:
-        return None
-    bound = ctx.config.parity_bound
-    if bound is None and ENGINES[ctx.config.engine].gguf:
-        from lmdistill.teachers.llama_cpp_engine import need_gguf, parity_bound
-
-        bound = max(parity_bound(need_gguf(teacher)) for teacher in teachers)
-    split = corpus.split(ctx.config.splits[0])
-    rows = np.unique(np.linspace(0, len(split) - 1, ctx.config.parity_rows).astype(int))
-    tokens, flags = split.tokens_RT[rows].astype("int32"), split.flags_RT[rows]
-    return Proof(tokens, (flags & DOC_START) != 0, bound, _record(ctx))
-
-
 def _options(ctx: StageContext[TeachConfig], corpus: CorpusReader) -> EngineOptions:
     from lmdistill.teachers.engine import EngineOptions
     from lmdistill.teachers.planned import hidden_of
@@ -288,6 +268,7 @@ def _options(ctx: StageContext[TeachConfig], corpus: CorpusReader) -> EngineOpti
         k=ctx.config.k,
         vocab_size=corpus.meta.vocab_size,
         precision=ctx.config.precision,
+        load_in=ctx.config.load_in,
         device=ctx.runtime.device if ctx.runtime.ray is None else ctx.runtime.device.partition(":")[0],  # Ray picks N
         threads=ctx.runtime.threads,
         isolate=corpus.meta.packing == "isolate",

@@ -40,6 +40,7 @@ class EngineOptions:
     k: int
     vocab_size: int  # the tokenizer's real size: padding above it takes no mass
     precision: str = "float32"  # float32 | bfloat16
+    load_in: str | None = None  # nf4 | int8: linear layers in so few bits, for engines that can
     device: str = "cpu"
     threads: int | None = None
     isolate: bool = False  # rows hold several documents that must not see each other

@@ -28,7 +28,7 @@ BASE_MEMORY = 1_000_000_000  # torch, one batch of hidden states, a chunk of log
 def precision_of(config: TeachConfig, teacher: ModelRef) -> str:
     """The precision that the manifest names; PreflightError where the engine cannot have the one that is asked."""
     if not ENGINES[config.engine].gguf:
-        return config.precision
+        return f"{config.precision}, {config.load_in}" if config.load_in else config.precision
     from lmdistill.teachers.llama_cpp_engine import need_gguf, weight_type
 
     if config.precision != "float32":
@@ -68,6 +68,14 @@ def check_planned_hidden(ctx: PreflightContext[TeachConfig]) -> None:
         check_hidden(ctx.config.engine, 1 + len(ctx.config.ensemble))
         if ctx.teacher is not None:
             hidden_of(ctx.config, ctx.teacher)
+
+
+def check_planned_bits(ctx: PreflightContext[TeachConfig]) -> None:
+    """Whether the teacher can be loaded in as few bits as are asked for, on the device that it will run on."""
+    if ctx.config.load_in:
+        from lmdistill.teachers.low_bits import check_low_bits
+
+        check_low_bits(ctx.config.load_in, ctx.config.engine, ctx.runtime.resolve_device())
 
 
 def hidden_of(config: TeachConfig, teacher: ModelRef) -> HiddenLayout | None:
@@ -121,6 +129,11 @@ def _weight_bytes(config: TeachConfig, model: ModelRef) -> int:
     """Memory of a teacher's weights: those of its GGUF where that is what is scored."""
     if config.engine in ENGINES and ENGINES[config.engine].gguf and model.gguf is not None:
         return model.gguf.stat().st_size
+    if config.load_in:
+        from lmdistill.teachers.low_bits import BYTES
+
+        whole = WIDTHS[config.precision] if config.parity_rows else 0  # loaded once, to measure what is lost
+        return int(parameters_of(model.path) * max(whole, BYTES[config.load_in]))
     return parameters_of(model.path) * WIDTHS[config.precision]
 
 

@@ -38,7 +38,7 @@ class TransformersEngine:
         self._options = options
         self._layers: tuple[int, ...] = ()  # hidden states to keep; none while the model is probed
         self._kept: list[Any] = []
-        self._model = load_model(teacher.path, options.precision, options.device)
+        self._model = load_model(teacher.path, options.precision, options.device, load_in=options.load_in)
         head = self._model.get_output_embeddings()
         if head.weight.shape[0] < options.vocab_size:
             raise LmdistillError(

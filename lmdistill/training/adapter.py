@@ -104,14 +104,7 @@ class BaseTeacher:
 
     def speak(self, tokens_RT: Any, positions_RT: Any, counted_N: Any) -> LiveTeacher:
         """What the base has to say at the flat positions that count, in the precision of the student's own products."""
-        student = student_of(self._model)
-        with torch.no_grad(), self._model.disable_adapter():
-            hidden_RTD = student.model(
-                input_ids=tokens_RT, position_ids=positions_RT, use_cache=False
-            ).last_hidden_state
-        head_VD = student.lm_head.weight.detach()[: self._vocab_size]
-        hidden_ND = hidden_RTD.flatten(0, 1).index_select(0, counted_N)
-        if torch.is_autocast_enabled(hidden_ND.device.type):
-            dtype = torch.get_autocast_dtype(hidden_ND.device.type)
-            hidden_ND, head_VD = hidden_ND.to(dtype), head_VD.to(dtype)
-        return LiveTeacher(hidden_ND, head_VD)
+        from lmdistill.training.live_teacher import spoken_by
+
+        with self._model.disable_adapter():
+            return spoken_by(student_of(self._model), self._vocab_size, tokens_RT, positions_RT, counted_N)

@@ -10,6 +10,7 @@ from lmdistill.curriculum.config import CurriculumConfig
 from lmdistill.intermediate.keys import IntermediateKeys
 from lmdistill.losses.registry import LossOptions
 from lmdistill.pipeline.stage import AddedKey, RuntimeKey, StageConfig
+from lmdistill.quantization.keys import QuantizeKeys
 from lmdistill.training.adapter_keys import LoraKeys
 from lmdistill.training.schedules import TemperatureChange, WeightChange
 from lmdistill.training.token_keys import TokenWeights
@@ -86,6 +87,9 @@ class DistillConfig(StageConfig):
     lora: Annotated[LoraKeys | None, AddedKey()] = Field(
         default=None, description="train a low-rank adapter instead of the weights, and merge it at the end"
     )
+    quantize: Annotated[QuantizeKeys | None, AddedKey()] = Field(
+        default=None, description="train the student on the grid it ships on; null: it stays where it lies"
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="of matrix products; weights, optimiser and loss are float32"
     )
@@ -139,6 +143,21 @@ class DistillConfig(StageConfig):
             raise ValueError(f"lora.base_teaches needs a loss that runs a teacher (full_kl); {self.loss} runs none")
         return self
 
+    @model_validator(mode="after")
+    def _grid_fits(self) -> DistillConfig:
+        if self.quantize and self.lora:
+            raise ValueError("quantize: its gradient goes to the weights, and with lora they are frozen; drop one")
+        if self.quantize and self.quantize.self_teacher:
+            if not self.live:
+                raise ValueError(
+                    f"quantize.self_teacher needs a loss that runs a teacher (full_kl); {self.loss} runs none"
+                )
+            if any(entry.runs_teacher for entry in self.intermediate):
+                raise ValueError(
+                    "quantize.self_teacher: intermediate losses would run another teacher; drop one of them"
+                )
+        return self
+
     @property
     def weight(self) -> float:
         """λ; ValueError where it is still to be estimated."""
@@ -160,9 +179,16 @@ class DistillConfig(StageConfig):
         return self.lora is not None and self.lora.base_teaches
 
     @property
+    def self_teacher(self) -> str | None:
+        """Which student in full precision is the live teacher, not the recipe's."""
+        return self.quantize.self_teacher if self.quantize else None
+
+    @property
     def runs_teacher(self) -> bool:
         """Whether the recipe's teacher runs beside the student, for any loss."""
-        return (self.live and not self.own_base) or any(entry.runs_teacher for entry in self.intermediate)
+        return (self.live and not self.own_base and not self.self_teacher) or any(
+            entry.runs_teacher for entry in self.intermediate
+        )
 
     @property
     def needs_cache(self) -> bool:

@@ -53,6 +53,23 @@ class LiveEngine(TransformersEngine):
         return LiveTeacher(hidden_RTD.flatten(0, 1).index_select(0, counted_N), self._weight_VD, self._bias_V)
 
 
+def spoken_by(student: Any, vocab_size: int, tokens_RT: Any, positions_RT: Any, counted_N: Any) -> LiveTeacher:
+    """What the student's own weights, as they are now, say at the flat positions that count, without gradient.
+
+    In the precision of the student's own products.
+    """
+    import torch
+
+    with torch.no_grad():
+        hidden_RTD = student.model(input_ids=tokens_RT, position_ids=positions_RT, use_cache=False).last_hidden_state
+    head_VD = student.lm_head.weight.detach()[:vocab_size]
+    hidden_ND = hidden_RTD.flatten(0, 1).index_select(0, counted_N)
+    if torch.is_autocast_enabled(hidden_ND.device.type):
+        dtype = torch.get_autocast_dtype(hidden_ND.device.type)
+        hidden_ND, head_VD = hidden_ND.to(dtype), head_VD.to(dtype)
+    return LiveTeacher(hidden_ND, head_VD)
+
+
 def open_live(teacher: ModelRef, student: Path, precision: str, device: str, isolate: bool) -> LiveEngine:
     """The teacher on `device`; PreflightError where its tokens are not those of the student in the folder `student`."""
     tokens = token_map(teacher.path)

@@ -58,11 +58,11 @@ def build(
     betas: tuple[float, float],
     kind: str = "adamw",
 ) -> torch.optim.Optimizer:
-    """The optimiser called `kind` with one group a step size; matrices decay, norms and convolution taps do not."""
+    """The optimiser called `kind` with one group a step size; matrices decay; norms, taps and scales do not."""
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name in sizes:
-            decay = weight_decay if parameter.ndim == 2 else 0.0
+            decay = weight_decay if parameter.ndim == 2 and not getattr(parameter, "no_decay", False) else 0.0
             groups.setdefault((sizes[name], decay), []).append(parameter)
     described: list[dict[str, Any]] = [
         {"params": parameters, "lr": size, "weight_decay": decay} for (size, decay), parameters in groups.items()

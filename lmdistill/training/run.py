@@ -18,6 +18,7 @@ from lmdistill.training.schedules import scheduled
 
 if TYPE_CHECKING:
     from lmdistill.on_policy.config import OnPolicyConfig
+    from lmdistill.quantization.placement import Placement
     from lmdistill.training.batches import Batches
 
 Reader = SignalsReader | CorpusRows
@@ -49,10 +50,10 @@ def train(reader: Reader, config: DistillConfig, place: Place, progress: Progres
     """
     from transformers import set_seed
 
-    from lmdistill.checkpoints import save_model
     from lmdistill.intermediate.attach import detach, recorded
     from lmdistill.training.adapter import student_of
     from lmdistill.training.ground_truth import settled
+    from lmdistill.training.on_grids import grid_record
     from lmdistill.training.ordering import curriculum_record
     from lmdistill.training.pairing import check_pair
     from lmdistill.training.student_forward import detach_loss
@@ -66,31 +67,32 @@ def train(reader: Reader, config: DistillConfig, place: Place, progress: Progres
     settings = _semantic(config)
     config, estimate = settled(reader, config, place, progress)
     set_seed(config.seed)
-    student = _prepared(config, place)
+    student = _prepared(config, place, reader)
     trainer = _trainer(student, reader, config, place, progress)
     keep_precision(trainer)
     trainer.train_from(place.ranks.first_then_all(lambda: last_checkpoint(place.work)))
     compared = detach(student_of(student))
     detach_loss(student_of(student))
-    model, frozen = _whole(trainer, student, config, place)
+    model, frozen = _whole(trainer, student, config, place, reader)
     if not place.ranks.first:
         return {}
-    if config.save_grid == "float16":
-        round_matrices(model)
-    save_model(model.float(), place.output, tokenizer_from=place.student)
+    lying = grid_record(model, save_settled(model, place, config.save_grid == "float16"))
     parts = ["kd", "ce", *(one["name"] for one in compared)]
     record = _record(reader, config, trainer, frozen, model, parts) | {"settings": settings} | estimate
     record |= {"start": place.student_digest, "text": reader.corpus_digest}
     paced = curriculum_record(config.curriculum, trainer.batches.order_N, place.work)
-    return record | recorded(compared, place.student) | paced
+    return record | recorded(compared, place.student) | paced | lying
 
 
-def _prepared(config: DistillConfig, place: Place) -> Any:
-    """The student as it is trained: from its folder, on the device, in an adapter where one is asked for."""
+def _prepared(config: DistillConfig, place: Place, reader: Reader) -> Any:
+    """The student as it is trained: from its folder, on the device, on its grids, in an adapter if one is asked for."""
     from lmdistill.checkpoints import load_model
     from lmdistill.training import adapter, optimizer
+    from lmdistill.training.on_grids import put_student, refuse_converted
 
+    refuse_converted(place.student, config)
     student = load_model(place.student, device=place.device)
+    put_student(student, place.student, config.quantize, reader)
     optimizer.freeze(student, list(config.freeze))
     if config.compile:
         compile_blocks(student)
@@ -99,19 +101,33 @@ def _prepared(config: DistillConfig, place: Place) -> Any:
     return adapter.adapted(student, config.lora) if config.lora else student
 
 
-def _whole(trainer: Any, student: Any, config: DistillConfig, place: Place) -> tuple[Any, int]:
+def _whole(trainer: Any, student: Any, config: DistillConfig, place: Place, reader: Reader) -> tuple[Any, int]:
     """The trained student without what was put around it, and how many of its weights were frozen."""
     from lmdistill.training import adapter
 
     if is_sharded(trainer):
         weights = gathered(trainer)  # all processes must take part
-        student = _prepared(config.model_copy(update={"compile": False}), replace(place, device="cpu"))
+        student = _prepared(config.model_copy(update={"compile": False}), replace(place, device="cpu"), reader)
         student.load_state_dict(weights, strict=False)
     plain = adapter.student_of(student)
     frozen = sum(parameter.numel() for parameter in plain.parameters() if not parameter.requires_grad)
     if config.lora and place.ranks.first:
         plain = adapter.merge(student, place.output.parent / "adapter")
     return plain, frozen
+
+
+def save_settled(model: Any, place: Place, halves: bool) -> Placement | None:
+    """Write a trained model, with `halves` rounded to float16 and one on grids lying there; where it lies."""
+    from lmdistill.checkpoints import save_model
+    from lmdistill.training.on_grids import settle
+
+    placement = settle(model)
+    if halves:
+        round_matrices(model, placement)
+    save_model(model.float(), place.output, tokenizer_from=place.student)
+    if placement is not None:
+        placement.save(place.output)
+    return placement
 
 
 def compile_blocks(model: Any) -> None:
@@ -124,16 +140,19 @@ def compile_blocks(model: Any) -> None:
         block.compile(dynamic=False)
 
 
-def round_matrices(model: Any) -> None:
+def round_matrices(model: Any, placement: Placement | None = None) -> None:
     """Round matrices and taps to the nearest float16, so that an f16 file holds this checkpoint digit for digit.
+
+    Those that lie on a grid of `placement` stay there.
 
     Raises IntegrityError for a value that float16 cannot hold.
     """
     import torch
 
+    on_grids = placement.on_grids() if placement else {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim < 2:
+            if parameter.ndim < 2 or name in on_grids:
                 continue
             rounded = parameter.half()
             if not torch.isfinite(rounded).all():
@@ -240,11 +259,15 @@ def _trainer(model: Any, reader: Reader, config: DistillConfig, place: Place, pr
 
 def _live(reader: Reader, config: DistillConfig, place: Place, model: Any) -> Any:
     """The teacher that runs beside the student, for losses that need it; IntegrityError where it has more tokens."""
-    if config.own_base:
+    if config.own_base or config.self_teacher == "moving":
         from lmdistill.teachers.token_maps import real_vocabulary, token_map
         from lmdistill.training.adapter import BaseTeacher
+        from lmdistill.training.on_grids import MovingTeacher
 
-        return BaseTeacher(model, real_vocabulary(token_map(place.student)))
+        own = BaseTeacher if config.own_base else MovingTeacher
+        return own(model, real_vocabulary(token_map(place.student)))
+    if config.self_teacher == "frozen":
+        place = replace(place, live_teacher=ModelRef("student", place.student, place.student_digest))
     if place.live_teacher is None:
         return None
     from lmdistill.training.adapter import student_of

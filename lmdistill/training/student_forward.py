@@ -19,6 +19,7 @@ import torch
 
 from lmdistill.losses.fused_head import Mix, fused_head_loss
 from lmdistill.losses.registry import Targets
+from lmdistill.quantization.on_grid import seen_weight
 from lmdistill.training.packing_known import packing_known
 from lmdistill.training.token_keys import TokenWeights
 from lmdistill.training.token_weights import Places, weighed
@@ -26,13 +27,14 @@ from lmdistill.training.token_weights import Places, weighed
 if TYPE_CHECKING:
     from lmdistill.training.adapter import BaseTeacher
     from lmdistill.training.live_teacher import LiveEngine
+    from lmdistill.training.on_grids import MovingTeacher
 
 
 def attach_loss(
     model: Any,
     mix: Callable[[], Mix],
     chunk: int,
-    teacher: LiveEngine | BaseTeacher | None = None,
+    teacher: LiveEngine | BaseTeacher | MovingTeacher | None = None,
     weights: TokenWeights | None = None,
 ) -> Any:
     """Give `model` a forward of (input_ids, labels, counted, teacher_*) → {"loss", "kd", "ce"}; returns the model.
@@ -45,10 +47,11 @@ def attach_loss(
     def loss_of_head(
         self: Any, hidden_ND: torch.Tensor, targets: Targets, places: Places | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        weight_VD = seen_weight(self)
         if weights is not None and places is not None:
-            targets = weighed(weights, targets, places, hidden_ND, self.weight, chunk)
+            targets = weighed(weights, targets, places, hidden_ND, weight_VD, chunk)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            sums = fused_head_loss(hidden_ND, self.weight, targets, mix(), chunk)
+            sums = fused_head_loss(hidden_ND, weight_VD, targets, mix(), chunk)
         return sums.total, sums.kd, sums.ce
 
     def forward(

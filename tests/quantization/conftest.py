@@ -21,6 +21,7 @@ OTHER_GRIDS = {
     "uniform 4 bits": {},
     "uniform 3 bits": {"bits": 3, "bucket": 32},
     "uniform 1 bit": {"bits": 1, "bucket": 24},
+    "points 2 bits": {"bits": 2, "bucket": 32, "of": "bucket"},
 }
 ALL_GRIDS = (*GGML_GRIDS, *OTHER_GRIDS)
 KINDS = (

@@ -105,7 +105,7 @@ def _bound(grid: Grid, values: torch.Tensor) -> torch.Tensor:
     return scales["alpha"] / (2**grid.bits - 1) * (0.5 + 1e-5) + 1e-6 * scales["beta"].abs()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("label", [label for label in ALL_GRIDS if not label.endswith("_k")])
+@pytest.mark.parametrize("label", [label for label in ALL_GRIDS if not label.endswith("_k") and "points" not in label])
 @pytest.mark.parametrize("kind", ["normal", "heavy tails", "above zero", "below zero"])
 def test_the_error_is_within_the_grids_bound(label: str, kind: str) -> None:
     grid, values = grid_of(label), weights(kind, 4)

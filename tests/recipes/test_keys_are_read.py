@@ -35,6 +35,7 @@ NAMES = {
     "WeightChange": {"change"},
     "TemperatureChange": {"change"},
     "LoraKeys": {"keys", "lora"},
+    "QuantizeKeys": {"keys", "quantize"},
     "LaunchSection": {"launch"},
     "FsdpKeys": {"fsdp"},
     "DeepspeedKeys": {"deepspeed"},

@@ -31,6 +31,7 @@ class Int4Dynamic(Grid):
     group: int = 32
     scale: Literal["bf16", "f32"] = "bf16"
     code_dtype = torch.int8
+    code_bits = 4
     dynamic_activations: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -66,12 +67,12 @@ class Int4Dynamic(Grid):
         codes_NB = (blocks_NB * d_N1.reciprocal().float()).round_().clamp_(-8, 7)
         return codes_NB, {"d": d_N1.squeeze(1)}
 
-    def _nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """A scale of zero leaves only the point 0."""
         d_N1 = scales["d"].float().unsqueeze(1)
         return torch.where(d_N1 == 0, 0.0, blocks_NB / d_N1).round_().clamp_(-8, 7)
 
-    def _points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """One product."""
         return codes_NB * scales["d"].float().unsqueeze(1)
 

@@ -21,6 +21,7 @@ class Q4_0(SignedExtremeGrid):
     """Points (code − 8) · d. Error at most |d|, at the end without a point; half of it elsewhere."""
 
     half = 8
+    code_bits = 4
     block_bytes = 18
 
     def _to_bytes(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:

@@ -21,6 +21,7 @@ class Q4_1(Grid):
     """Points code · d + m. Error at most d / 2 and what float16 makes of the block's ends."""
 
     block = 32
+    code_bits = 4
     block_bytes = 20
 
     def scale_dtypes(self) -> dict[str, torch.dtype]:
@@ -35,13 +36,13 @@ class Q4_1(Grid):
         codes_NB = (blocks_NB - low_N1).mul_(inverse(d_N1)).add_(0.5).floor_().clamp_(max=15)
         return codes_NB, {"d": d_N1.squeeze(1).half(), "m": low_N1.squeeze(1).half()}
 
-    def _nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """A scale of zero leaves only the point m."""
         d_N1, m_N1 = (scales[name].float().unsqueeze(1) for name in ("d", "m"))
         steps_NB = torch.where(d_N1 == 0, 0.0, (blocks_NB - m_N1) / d_N1)
         return steps_NB.round_().clamp_(0, 15)
 
-    def _points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """A product and a sum, each rounded."""
         return codes_NB * scales["d"].float().unsqueeze(1) + scales["m"].float().unsqueeze(1)
 

@@ -39,7 +39,9 @@ def _fit(blocks_NB: torch.Tensor) -> AffineFit:
 class Q4_K(Grid):
     """Points code · (d · sc) − dmin · m; 4.5 bits a weight. No bound on the error: the search may cut outliers off."""
 
+    searches = True
     block = _G * _M
+    code_bits = 4
     block_bytes = 144
 
     def scale_dtypes(self) -> dict[str, torch.dtype]:
@@ -59,7 +61,7 @@ class Q4_K(Grid):
         codes_NGM = fit.codes_MN.T.reshape(-1, _G, _M)  # they stay where a sub-block's scale was rounded to 0
         return self._recoded(blocks_NB, scales, codes_NGM), scales
 
-    def _nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """A scale of zero leaves only the point −dmin · m."""
         return self._recoded(blocks_NB, scales, blocks_NB.new_zeros(()))
 
@@ -75,7 +77,7 @@ class Q4_K(Grid):
         low_NG = scales["dmin"].float().unsqueeze(1) * scales["m"].float()
         return step_NG.unsqueeze(2), low_NG.unsqueeze(2)
 
-    def _points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """An exact product, then a rounded difference."""
         step_NG1, low_NG1 = self._steps(scales)
         return (codes_NB.view(-1, _G, _M) * step_NG1 - low_NG1).flatten(1)

@@ -21,6 +21,7 @@ class Q5_0(SignedExtremeGrid):
     """Points (code − 16) · d. Error at most |d|, at the end without a point; half of it elsewhere."""
 
     half = 16
+    code_bits = 5
     block_bytes = 22
 
     def _to_bytes(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:

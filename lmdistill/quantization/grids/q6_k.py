@@ -28,7 +28,9 @@ _ALL_ZERO = float(np.float32(1e-15))
 class Q6_K(Grid):
     """Points (code − 32) · (d · sc); 6.5625 bits a weight. No bound on the error: the search may cut outliers off."""
 
+    searches = True
     block = _G * _M
+    code_bits = 6
     block_bytes = 210
 
     def scale_dtypes(self) -> dict[str, torch.dtype]:
@@ -54,7 +56,7 @@ class Q6_K(Grid):
         codes_NB = self._recoded(blocks_NB, scales, fit.codes_MN.T.reshape(-1, _G, _M))
         return torch.where(empty_N1, 0.0, codes_NB), scales
 
-    def _nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """A scale of zero leaves only the point 0, whose code is 0 in the reference's empty blocks."""
         return self._recoded(blocks_NB, scales, blocks_NB.new_zeros(()))
 
@@ -68,7 +70,7 @@ class Q6_K(Grid):
         """Step of each sub-block, `[N, G, 1]`."""
         return (scales["d"].float().unsqueeze(1) * scales["sc"].float()).unsqueeze(2)
 
-    def _points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Two exact products: 11 bits times 8 times 5."""
         return ((codes_NB.view(-1, _G, _M) - _HALF) * self._steps(scales)).flatten(1)
 

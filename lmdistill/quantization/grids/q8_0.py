@@ -22,6 +22,7 @@ class Q8_0(Grid):
 
     code_dtype = torch.int8
     block = 32
+    code_bits = 8
     block_bytes = 34
 
     def scale_dtypes(self) -> dict[str, torch.dtype]:
@@ -34,12 +35,12 @@ class Q8_0(Grid):
         d_N1 = divide(largest_N1.abs(), 127.0)  # +0 for zeros
         return round_half_away(blocks_NB * inverse(d_N1)), {"d": d_N1.squeeze(1).half()}
 
-    def _nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """A scale of zero leaves only the point 0."""
         d_N1 = scales["d"].float().unsqueeze(1)
         return torch.where(d_N1 == 0, 0.0, blocks_NB / d_N1).round_().clamp_(-127, 127)
 
-    def _points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """One product (exact: 8 bits times 11)."""
         return codes_NB * scales["d"].float().unsqueeze(1)
 

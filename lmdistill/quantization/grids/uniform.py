@@ -39,6 +39,11 @@ class Uniform(Grid):
         return self.bucket
 
     @property
+    def code_bits(self) -> int:
+        """As asked for."""
+        return self.bits
+
+    @property
     def block_bytes(self) -> int:
         """Two float32 and the codes, rounded up to whole bytes."""
         return 8 + -(-self.bucket * self.bits // 8)
@@ -55,9 +60,9 @@ class Uniform(Grid):
         """The bucket's own range."""
         beta_N = blocks_NB.amin(1)
         scales = {"alpha": blocks_NB.amax(1) - beta_N, "beta": beta_N}
-        return self._nearest(blocks_NB, scales), scales
+        return self.nearest(blocks_NB, scales), scales
 
-    def _nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Nearest, or with stochastic rounding one of the two neighbours; a range of zero leaves only `beta`."""
         alpha_N1, beta_N1 = scales["alpha"].unsqueeze(1), scales["beta"].unsqueeze(1)
         steps_NB = torch.where(alpha_N1 == 0, 0.0, (blocks_NB - beta_N1) / alpha_N1).mul_(self._top)
@@ -65,7 +70,7 @@ class Uniform(Grid):
             steps_NB = steps_NB.add_(torch.rand_like(steps_NB)).floor_()
         return steps_NB.round_().clamp_(0, self._top)
 
-    def _points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+    def points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """In the paper's order of operations."""
         scaled_NB = divide(codes_NB * scales["alpha"].unsqueeze(1), self._top)
         return scaled_NB + scales["beta"].unsqueeze(1)

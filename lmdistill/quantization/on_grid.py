@@ -1,0 +1,188 @@
+"""A model that lies on grids while it is trained: every forward pass sees points, the gradient goes to full precision.
+
+`OnGrids(model, plan)` works under any trainer: parameters keep their names, places and ties, only the layers' forwards
+look at them through the grid (Polino et al., ICLR 2018, algorithm 1). Scales that are kept or learned are buffers or
+parameters of the layer, `grid_<scale>`, so checkpoints hold them. `settle` ends it: the weights become their points.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from lmdistill.errors import LmdistillError
+from lmdistill.quantization.activations import fake_quantise_activations
+from lmdistill.quantization.grid import Grid
+from lmdistill.quantization.learned_scales import learned_points
+from lmdistill.quantization.placement import Placement
+
+PREFIX = "grid_"
+HANDLE = "lies_on"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the tensors of a model shall lie, by the names of its parameters."""
+
+    placement: Placement  # with the scales that are given; those of other tensors follow their weights
+    learned: bool = False  # whether given scales are trained
+
+
+@dataclass
+class Seen:
+    """How one parameter is seen."""
+
+    tensor: str
+    grid: Grid
+    owner: torch.nn.Module  # has the scales
+    names: tuple[str, ...] = ()  # of scales that do not follow the weights
+    on: bool = True
+
+    def scales(self) -> dict[str, torch.Tensor]:
+        """Those that do not follow the weights; none where they do."""
+        return {name: getattr(self.owner, PREFIX + name) for name in self.names}
+
+    def points(self, weights: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """The points of `weights`, or of some of its `rows` `[…]`, differentiable in weights and learned scales."""
+        if rows is not None:
+            weights = functional.embedding(rows, weights)
+        if not self.on:
+            return weights
+        scales = self.scales()
+        if rows is not None:
+            scales = {name: scale if scale.ndim == 1 else scale[rows] for name, scale in scales.items()}
+        learned = {name: scale for name, scale in scales.items() if scale.requires_grad}
+        if learned:
+            fixed = {name: scale for name, scale in scales.items() if name not in learned}
+            return learned_points(self.grid, weights, learned, fixed)
+        return self.grid.fake_quantise(weights, scales or None)
+
+
+@torch.compiler.disable(recursive=True)  # type: ignore[untyped-decorator]
+def _points(seen: Seen, weights: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Out of the compiled graph: the grid goes through the weights by chunks that a core's cache holds."""
+    return seen.points(weights, rows)
+
+
+def _linear(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+    seen: Seen = self.seen
+    if seen.on and seen.grid.dynamic_activations:
+        hidden = fake_quantise_activations(hidden)
+    return functional.linear(hidden, _points(seen, self.weight), self.bias)
+
+
+def _embedding(self: Any, ids: torch.Tensor) -> torch.Tensor:
+    return _points(self.seen, self.weight, ids)
+
+
+_FORWARDS = {torch.nn.Linear: _linear, torch.nn.Embedding: _embedding}
+
+
+def seen_weight(module: Any) -> torch.Tensor:
+    """The weight of a layer as its forward sees it."""
+    weight: torch.Tensor = _points(module.seen, module.weight) if "seen" in module.__dict__ else module.weight
+    return weight
+
+
+@dataclass
+class OnGrids:
+    """The handle of a model on grids; `model.lies_on` is it, until `settle`."""
+
+    model: Any
+    plan: Plan
+    _seen: dict[str, Seen] = field(default_factory=dict)
+    _modules: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Give the layers their forwards; LmdistillError for a tensor that no linear layer or embedding has."""
+        parameters = dict(self.model.named_parameters())
+        grids = self.plan.placement.on_grids()
+        owners = {id(parameters[name]): name for name in grids}
+        for module in self.model.modules():
+            name = owners.get(id(getattr(module, "weight", None)))
+            if name is not None and type(module) in _FORWARDS:
+                self._attach(module, name, grids[name])
+        if lost := sorted(set(grids) - set(self._seen)):
+            raise LmdistillError(
+                f"{lost[0]} cannot be trained on grid '{grids[lost[0]].name}'",
+                why="only weights of linear layers and embeddings are seen through a grid",
+                fix="leave it out with `quantize.keep`",
+            )
+        self.model.__dict__[HANDLE] = self
+
+    def _attach(self, module: Any, name: str, grid: Grid) -> None:
+        weight = module.weight
+        if name not in self._seen:
+            grid.check_width(weight.shape[-1], name)
+            scales = self.plan.placement.scales.get(name, {})
+            self._seen[name] = Seen(name, grid, module, tuple(scales))
+            for scale_name, scale in scales.items():
+                learned = self.plan.learned and (grid.learnable is None or scale_name in grid.learnable)
+                _keep_scale(module, scale_name, scale.to(weight.device), learned)
+        module.seen = self._seen[name]
+        module.forward = types.MethodType(_FORWARDS[type(module)], module)
+        self._modules.append(module)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The model in full precision, for as long as the `with` lasts."""
+        for seen in self._seen.values():
+            seen.on = False
+        try:
+            yield
+        finally:
+            for seen in self._seen.values():
+                seen.on = True
+
+    def learned_scales(self) -> list[torch.nn.Parameter]:
+        """The scales that are trained."""
+        scales = (scale for seen in self._seen.values() for scale in seen.scales().values())
+        return [scale for scale in scales if isinstance(scale, torch.nn.Parameter)]
+
+    def settle(self) -> Placement:
+        """Write the points into the parameters, take everything else away, and say where they lie."""
+        parameters = dict(self.model.named_parameters())
+        scales: dict[str, dict[str, torch.Tensor]] = {}
+        with torch.no_grad():
+            for name, seen in self._seen.items():
+                given = seen.grid.stored({key: one.detach() for key, one in seen.scales().items()}) or None
+                quantised = seen.grid.quantise(parameters[name], given)
+                parameters[name].copy_(seen.grid.dequantise(quantised))
+                scales[name] = {key: one.cpu() for key, one in quantised.scales.items()}
+        for module in self._modules:
+            module.__dict__.pop("forward", None)
+            del module.seen
+        for seen in self._seen.values():
+            for name in seen.names:
+                delattr(seen.owner, PREFIX + name)
+        del self.model.__dict__[HANDLE]
+        return self.plan.placement.with_scales(scales)
+
+
+def _keep_scale(module: torch.nn.Module, name: str, scale: torch.Tensor, learned: bool) -> None:
+    """As a float32 parameter where it is learned, else as a buffer in the file's dtype."""
+    if learned and scale.is_floating_point():
+        module.register_parameter(PREFIX + name, torch.nn.Parameter(scale.float()))
+    else:
+        module.register_buffer(PREFIX + name, scale)
+
+
+def handle_of(model: Any) -> OnGrids | None:
+    """The handle of a model on grids."""
+    handle: OnGrids | None = model.__dict__.get(HANDLE)
+    return handle
+
+
+def kept_on_its_grids(model: Any, folder: Any) -> OnGrids | None:
+    """Have `model`, loaded from the model folder `folder`, stay on the grids it lies on; None where there are none.
+
+    Its scales stay those of the folder.
+    """
+    placement = Placement.load(folder)
+    return None if placement is None else OnGrids(model, Plan(placement))

@@ -1,0 +1,48 @@
+"""The report of a model trained on its grid has its parent's quantisations beside it, or the recipe is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from lmdistill.evaluation.ptq_rows import missing_ptq
+from lmdistill.pipeline.stage import Planned
+from lmdistill.stages.export import ExportConfig
+from lmdistill.training.config import DistillConfig
+
+PARENT = Planned("distill", "distill", "model", "p" * 64, DistillConfig())
+
+
+def _trained(grid: str) -> Planned:
+    keys = DistillConfig.model_validate({"quantize": {"grid": grid}})
+    return Planned("qad", "distill", "model", "q" * 64, keys, {"student": [PARENT]})
+
+
+def _export(name: str, of: Planned, *formats: str, imatrix: int | None = None) -> Planned:
+    config = ExportConfig(formats=formats, imatrix_tokens=imatrix)
+    return Planned(name, "export", "deployment", name[0] * 64, config, {"model": [of]})
+
+
+PLAIN, WEIGHED = _export("files", PARENT, "f16", "q4_0"), _export("weighed", PARENT, "q4_0", imatrix=64)
+
+
+@pytest.mark.parametrize(
+    ("beside", "lacking"),
+    [
+        ((), ["by llama.cpp is not", "with an importance matrix is not"]),
+        ((PLAIN,), ["with an importance matrix is not"]),
+        ((WEIGHED,), ["by llama.cpp is not"]),
+        ((PLAIN, WEIGHED), []),
+        ((_export("files", PARENT, "q8_0"), WEIGHED), ["by llama.cpp is not"]),
+    ],
+)
+def test_the_parents_quantisations_of_the_same_type_must_be_evaluated(
+    beside: tuple[Planned, ...], lacking: list[str]
+) -> None:
+    found = [str(one) for one in missing_ptq("evaluate", [_export("qad_files", _trained("q4_0"), "q4_0"), *beside])]
+    assert len(found) == len(lacking) and all(text in one for text, one in zip(lacking, found, strict=True))
+
+
+def test_files_that_are_not_trained_on_their_grid_need_nothing_beside_them() -> None:
+    assert list(missing_ptq("evaluate", [PLAIN])) == []
+    assert list(missing_ptq("evaluate", [_export("qad_files", _trained("q4_0"), "f16")])) == []
+    assert list(missing_ptq("evaluate", [_export("qad_files", _trained("8da4w"), "f16")])) == []

@@ -1,0 +1,148 @@
+"""A model on its grids under any trainer: what it computes, that it stays there, and where it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lmdistill.errors import LmdistillError, PreflightError
+from lmdistill.quantization.on_grid import OnGrids, Plan, handle_of, kept_on_its_grids, seen_weight
+from lmdistill.quantization.placement import Placement
+from lmdistill.quantization.registry import get
+
+
+def _llama(**keys: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(shape | heads | keys))).eval()
+
+
+def _everywhere(model: Any, grid: str = "q4_0", **options: Any) -> Placement:
+    names = [name for name, weight in model.named_parameters() if weight.ndim == 2]
+    return Placement(dict.fromkeys(names, grid), options=dict.fromkeys(names, options), preset=grid)
+
+
+IDS = torch.arange(24)[None] % 64
+
+
+def test_a_forward_pass_is_that_of_the_points_and_off_it_is_that_of_the_weights() -> None:
+    model = _llama()
+    whole = model(IDS).logits
+    handle = OnGrids(model, Plan(_everywhere(model)))
+    seen = model(IDS).logits
+    with handle.off():
+        assert torch.equal(model(IDS).logits, whole)
+    assert torch.equal(model(IDS).logits, seen) and not torch.equal(seen, whole)
+    handle.settle()
+    assert torch.equal(model(IDS).logits, seen)
+    assert handle_of(model) is None and not any("grid_" in name for name in model.state_dict())
+
+
+def test_parameters_keep_their_names_their_tie_and_their_gradient() -> None:
+    model = _llama()
+    names = list(model.state_dict())
+    OnGrids(model, Plan(_everywhere(model)))
+    assert list(model.state_dict()) == names
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model(IDS, labels=IDS).loss.backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
+    weight = model.lm_head.weight
+    assert torch.equal(seen_weight(model.lm_head), get("q4_0").fake_quantise(weight))
+    assert torch.equal(seen_weight(nn.Linear(2, 2)).isfinite(), torch.ones(2, 2, dtype=torch.bool))
+
+
+def test_looked_up_rows_are_those_of_the_whole_matrix_on_its_grid_with_learned_scales_too() -> None:
+    for learned in (False, True):
+        model = _llama()
+        placement = _everywhere(model)
+        scales = {
+            name: placement.grid(name).start(weight) for name, weight in model.named_parameters() if weight.ndim == 2
+        }
+        OnGrids(model, Plan(placement.with_scales(scales), learned))
+        rows = model.model.embed_tokens(IDS)
+        assert torch.equal(rows, seen_weight(model.lm_head)[IDS])
+        if learned:
+            rows.sum().backward()
+            assert model.model.embed_tokens.grid_d.grad[0].abs().sum() > 0
+
+
+def test_8da4w_rounds_activations_of_linear_layers_too() -> None:
+    from lmdistill.quantization.activations import fake_quantise_activations
+
+    model = _llama()
+    name = "model.layers.0.mlp.up_proj.weight"
+    OnGrids(model, Plan(Placement({name: "8da4w"}, preset="8da4w")))
+    layer, hidden = model.model.layers[0].mlp.up_proj, torch.randn(3, 32)
+    expected = fake_quantise_activations(hidden) @ get("8da4w").fake_quantise(layer.weight).T
+    assert torch.equal(layer(hidden), expected)
+
+
+def test_a_plain_trainer_leaves_a_model_on_the_grids_it_lay_on(tmp_path: Path) -> None:
+    """What later training needs: two calls around any trainer of transformers or TRL."""
+    from transformers import Trainer, TrainingArguments
+
+    model = _llama()
+    OnGrids(model, Plan(_everywhere(model))).settle().save(_saved(model, tmp_path / "grid"))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    handle = kept_on_its_grids(model, tmp_path / "grid")
+    assert handle is not None
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
+    keys = {"max_steps": 3, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
+    Trainer(model, TrainingArguments(str(tmp_path / "work"), **keys), train_dataset=rows).train()
+    handle.settle().save(_saved(model, tmp_path / "later"))
+    placement = Placement.load(tmp_path / "later")
+    assert placement is not None and placement.preset == "q4_0"
+    for name, grid in placement.on_grids().items():
+        weight = model.state_dict()[name]
+        assert torch.equal(grid.fake_quantise(weight, placement.scales[name]), weight)
+        assert not torch.equal(weight, before[name])
+    assert kept_on_its_grids(_llama(), tmp_path) is None
+
+
+def _saved(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_options_of_grids_survive_the_folder(tmp_path: Path) -> None:
+    weights = {"w": torch.randn(4, 64)}
+    placement = Placement({"w": "uniform"}, options={"w": {"bits": 3, "bucket": 32}}, preset="uniform")
+    scales = {"w": placement.grid("w").start(weights["w"])}
+    placement.with_scales(scales).save(tmp_path)
+    loaded = Placement.load(tmp_path)
+    assert loaded is not None and loaded.grid("w") == get("uniform", bits=3, bucket=32)
+    assert (loaded.preset, loaded.options) == ("uniform", placement.options)
+
+
+def test_a_compiled_block_trains_on_its_grid() -> None:
+    model, plain = _llama(), _llama()
+    for one in (model, plain):
+        OnGrids(one, Plan(_everywhere(one)))
+    for block in model.model.layers:
+        block.compile(dynamic=False, backend="aot_eager")
+    losses = [one(IDS, labels=IDS).loss for one in (model, plain)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    name = "model.layers.1.mlp.up_proj.weight"
+    torch.testing.assert_close(*(one.get_parameter(name).grad for one in (model, plain)))
+
+
+def test_what_has_no_linear_layer_and_widths_without_whole_blocks_are_refused() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.taps = nn.Conv1d(32, 32, 3)
+            self.short = nn.Linear(33, 32)
+
+    with pytest.raises(LmdistillError, match=r"taps.weight cannot be trained on grid 'q4_0'"):
+        OnGrids(Odd(), Plan(Placement({"taps.weight": "q4_0"})))
+    with pytest.raises(PreflightError, match=r"short.weight with rows of 33 weights"):
+        OnGrids(Odd(), Plan(Placement({"short.weight": "q4_0"})))

@@ -1,0 +1,216 @@
+"""Quantized distillation: points in the forward pass, gradients to full precision, a model that lies on its grid."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from training_toys import folder_bytes, train_toy
+
+from lmdistill.errors import LmdistillError, PreflightError
+from lmdistill.pipeline.stage import Artefact, ModelRef, Planned, PreflightContext
+from lmdistill.quantization.placement import Placement
+from lmdistill.stages.distill import DistillStage
+from lmdistill.training.config import DistillConfig
+
+SHORT: dict[str, Any] = {"tokens": 32 * 8 * 6, "lr": 0.05}
+NARROW = {"grid": "uniform", "bits": 2, "bucket": 16}
+Q8 = {"grid": "q8_0", "keep": ["*down_proj*"]}  # 48 inputs are no whole blocks
+
+
+def _model(artefact: Artefact) -> Path:
+    return artefact.out / "model"
+
+
+def _output(folder: Path, name: str = "model") -> Artefact:
+    return Artefact(name, "distill", "model", "f" * 64, folder)
+
+
+def _off_grid(model: Path) -> list[str]:
+    """Tensors of a model folder with weights that do not lie where its record says."""
+    placement = Placement.load(model)
+    assert placement is not None and placement.on_grids()
+    tensors = load_file(model / "model.safetensors")
+    points = {
+        name: grid.fake_quantise(tensors[name], placement.scales[name]) for name, grid in placement.on_grids().items()
+    }
+    return [name for name, lain in points.items() if not torch.equal(lain, tensors[name])]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        NARROW,
+        Q8,
+        {"grid": "q4_0", "keep": ["*down_proj*"], "scales": "learned", "scale_lr": 0.02},
+        {"grid": "q4_1", "keep": ["*down_proj*"], "scales": "learned", "start": "weighted"},
+        {"grid": "8da4w", "group": 16, "scales": "fixed", "start": "compensated"},
+        {**NARROW, "scales": "learned", "start": "fitted"},
+        {"grid": "points", "bits": 2, "bucket": 16, "scales": "learned", "scale_lr": 0.02},
+        {"grid": "points", "bits": 2, "bucket": 16, "points_of": "bucket", "scales": "fixed"},
+        {"grid": "uniform", "bits": 3, "bucket": 16, "share_bits": "logarithmic"},
+    ],
+    ids=lambda keys: "-".join(str(value) for value in keys.values()),
+)
+def test_the_trained_model_lies_on_its_grid_and_learnt_there(
+    keys: dict[str, Any], signals: Artefact, student: Artefact, tmp_path: Path
+) -> None:
+    record = train_toy(tmp_path, signals, student, quantize=keys, lr=0.1)
+    assert record["log"][-1]["kd"] < 0.97 * record["log"][0]["kd"]
+    assert record["grid"]["preset"] == keys["grid"]
+    assert 1 < record["grid"]["huffman_bits"] <= record["grid"]["bits"]
+    assert _off_grid(tmp_path / "out/model") == []
+    before, after = (
+        load_file(_model(student) / "model.safetensors"),
+        load_file(tmp_path / "out/model/model.safetensors"),
+    )
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before if "proj" in name)
+
+
+def test_learned_scales_move_and_stay_what_a_file_can_hold(
+    signals: Artefact, student: Artefact, tmp_path: Path
+) -> None:
+    keys = {"grid": "q4_0", "keep": ["*down_proj*"], "scales": "learned", "scale_lr": 0.05}
+    train_toy(tmp_path, signals, student, quantize=keys, freeze=("*.weight",), **SHORT)
+    placement = Placement.load(tmp_path / "out/model")
+    assert placement is not None
+    before = load_file(_model(student) / "model.safetensors")
+    for name, grid in placement.on_grids().items():
+        found = placement.scales[name]["d"]
+        assert found.dtype == torch.float16
+        if name != "model.embed_tokens.weight":
+            assert not torch.equal(found, grid.quantise(before[name]).scales["d"])
+    assert _off_grid(tmp_path / "out/model") == []
+
+
+@pytest.mark.parametrize(
+    "keys", [NARROW, {**NARROW, "scales": "learned", "start": "fitted"}], ids=["follow", "learned"]
+)
+def test_stopped_and_resumed_is_never_stopped_on_a_grid(
+    keys: dict[str, Any], signals: Artefact, student: Artefact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmdistill.training.trainer import DistillationTrainer
+
+    every = {"quantize": keys, "checkpoint_steps": 2, **SHORT}
+    train_toy(tmp_path / "whole", signals, student, **every)
+
+    class Killed(Exception):
+        pass
+
+    plain = DistillationTrainer.training_step
+
+    def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 3:
+            raise Killed
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", killed)
+    with pytest.raises(Killed):
+        train_toy(tmp_path / "parts", signals, student, **every)
+    monkeypatch.undo()
+    train_toy(tmp_path / "parts", signals, student, **every)
+    assert folder_bytes(tmp_path / "parts/out") == folder_bytes(tmp_path / "whole/out")
+
+
+@pytest.mark.parametrize("which", ["frozen", "moving"])
+def test_the_student_in_full_precision_teaches_itself(
+    which: str, corpus: Artefact, student: Artefact, tmp_path: Path
+) -> None:
+    keys = {**NARROW, "scales": "learned", "scale_lr": 0.01, "self_teacher": which}
+    record = train_toy(tmp_path, corpus, student, loss="full_kl", kd_weight=1.0, quantize=keys, lr=0.005)
+    assert 0 < record["log"][-1]["kd"] < 0.8 * record["log"][0]["kd"]
+
+
+def test_a_student_on_a_grid_stays_there_when_trained_again(
+    signals: Artefact, student: Artefact, tmp_path: Path
+) -> None:
+    train_toy(tmp_path / "qad", signals, student, quantize=Q8, **SHORT)
+    train_toy(tmp_path / "later", signals, _output(tmp_path / "qad"), loss="ce", **SHORT)
+    before, after = (Placement.load(tmp_path / name / "out/model") for name in ("qad", "later"))
+    assert before is not None and after is not None
+    assert (after.grids, after.preset) == (before.grids, "q8_0")
+    assert _off_grid(tmp_path / "later/out/model") == []
+    weights = [load_file(tmp_path / name / "out/model/model.safetensors") for name in ("qad", "later")]
+    assert not torch.equal(*(one["model.layers.0.self_attn.q_proj.weight"] for one in weights))
+
+
+def test_a_converted_checkpoint_is_refused(signals: Artefact, student: Artefact, tmp_path: Path) -> None:
+    train_toy(tmp_path / "qad", signals, student, quantize=Q8, **SHORT)
+    with pytest.raises(PreflightError, match="converted: it lies on 'q8_0', not on 'q4_0'"):
+        train_toy(tmp_path / "x", signals, _output(tmp_path / "qad"), quantize={"grid": "q4_0"}, **SHORT)
+    config = tmp_path / "qad/out/model/config.json"
+    packed = json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    config.write_text(json.dumps(packed))
+    with pytest.raises(PreflightError, match="weights are packed integers"):
+        train_toy(tmp_path / "y", signals, _output(tmp_path / "qad"), quantize=Q8, **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"grid": "q4_0"}, "rows of 48 weights cannot be put on grid 'q4_0'"),
+        ({"grid": "8da4w"}, "rows of 48 weights cannot be put on grid '8da4w'"),
+        ({"grid": "q4_9"}, "no grid is called 'q4_9'"),
+        ({**Q8, "head": "q4_0"}, "tied head with unequal grids"),
+        ({**Q8, "head": "q4_0", "embeddings": "q8_0"}, "tied head with unequal grids"),
+        ({**Q8, "keep": ["*up_porj*"]}, "`quantize.keep: .*up_porj.*` matches no tensor"),
+    ],
+)
+def test_what_no_grid_holds_is_refused_before_training(
+    keys: dict[str, Any], message: str, signals: Artefact, student: Artefact, tmp_path: Path
+) -> None:
+    with pytest.raises(LmdistillError, match=message):
+        train_toy(tmp_path, signals, student, quantize=keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"quantize": {"grid": "q4_0", "bits": 3}}, "grid 'q4_0' has no such option"),
+        ({"quantize": {"start": "weighted"}}, "`scales: follow` forgets them"),
+        (
+            {"quantize": {"start": "compensated", "scales": "fixed", "self_teacher": "moving"}, "loss": "full_kl"},
+            "would teach what `start: compensated` has moved",
+        ),
+        ({"quantize": {}, "lora": {}}, "drop one"),
+        ({"quantize": {"self_teacher": "frozen"}}, "needs a loss that runs a teacher"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused_by_the_recipe(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DistillConfig.model_validate(keys)
+
+
+def test_the_recipes_teacher_does_not_run_where_the_student_teaches_itself() -> None:
+    own = DistillConfig.model_validate({"loss": "full_kl", "quantize": {"self_teacher": "frozen"}})
+    assert not own.runs_teacher and not own.needs_cache
+    assert DistillConfig(loss="full_kl").runs_teacher
+
+
+def _preflight(config: DistillConfig, student: Planned, teacher: ModelRef | None, folder: Path) -> list[str]:
+    inputs = {"student": [student]}
+    return [str(one) for one in DistillStage().preflight(PreflightContext("qad", config, inputs, teacher, folder))]
+
+
+def test_a_student_that_will_be_converted_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    earlier = DistillConfig.model_validate({"quantize": {"grid": "q8_0"}})
+    student = Planned("first", "distill", "model", "f" * 64, earlier)
+    for grid, problems in (("q4_0", 1), ("q8_0", 0)):
+        config = DistillConfig.model_validate({"quantize": {"grid": grid}})
+        found = _preflight(config, student, None, tmp_path)
+        assert len(found) == problems and all(
+            "will be converted: stage 'first' leaves it on 'q8_0'" in p for p in found
+        )
+
+
+def test_widths_are_checked_on_the_model_that_is_there(student: Artefact, tmp_path: Path) -> None:
+    config = DistillConfig.model_validate({"quantize": {"grid": "q4_0"}})
+    planned = Planned("student", "student", "student", "d" * 64, DistillConfig(), {}, student)
+    [problem] = _preflight(config, planned, None, tmp_path)
+    assert "rows of 48 weights cannot be put on grid 'q4_0'" in problem and "quantize.keep" in problem
