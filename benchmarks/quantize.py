@@ -16,6 +16,7 @@ Every figure is kept in runs/quantize_benchmark as soon as it is there, and a tr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import shutil
@@ -27,9 +28,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from grids.text import check_heldout, whole_corpus
+from grids.ways import IMATRIX_TOKENS, LEARNED, WAYS, Way, best_ptq
 from machine import hardware
-from quantize_text import check_heldout, whole_corpus
-from quantize_ways import IMATRIX_TOKENS, LEARNED, WAYS, Way, best_ptq
 from signals import TEACHER
 
 from lmdistill.assets import model_folder
@@ -309,6 +310,18 @@ def _parents(arguments: argparse.Namespace, deadline: Deadline) -> list[Parent]:
     ]
 
 
+def _measure(arguments: argparse.Namespace, result: Figures) -> None:
+    """Every way of every parent into `result`, which is written after each; OutOfTime where the time is up."""
+    for parent in _parents(arguments, Deadline(arguments.minutes)):
+        for name in arguments.ways:
+            steps = arguments.learned_steps if name in LEARNED else arguments.steps
+            found = {name: _one(parent, WAYS[name], steps)}
+            result["by_model"].setdefault(parent.name, {}).update(found)
+            result |= result["by_model"].get("student", {})
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     """Measure, write after every way, and print."""
     arguments = _arguments()
@@ -322,14 +335,8 @@ def main() -> None:
     }
     complete = True
     try:
-        for parent in _parents(arguments, Deadline(arguments.minutes)):
-            for name in arguments.ways:
-                steps = arguments.learned_steps if name in LEARNED else arguments.steps
-                found = {name: _one(parent, WAYS[name], steps)}
-                result["by_model"].setdefault(parent.name, {}).update(found)
-                result |= result["by_model"].get("student", {})
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        with contextlib.redirect_stdout(sys.stderr):  # where trainers print; what is printed below stands alone
+            _measure(arguments, result)
     except OutOfTime:
         complete = False
     print(json.dumps(result | {"complete": complete}, indent=1) if arguments.json else _table(result))

@@ -26,7 +26,8 @@ def spread_out(sub: SubSpace, count: int, seed: int) -> list[Candidate]:
     taken = [0]
     far = [math.dist(place, places[0]) for place in places]
     while len(taken) < min(count, len(pool)):
-        taken.append(1 if len(taken) == 1 else max(range(len(pool)), key=far.__getitem__))
+        left = [index for index in range(len(pool)) if index not in taken]  # unlike shapes may do equal work
+        taken.append(1 if len(taken) == 1 else max(left, key=far.__getitem__))
         far = [min(d, math.dist(place, places[taken[-1]])) for d, place in zip(far, places, strict=True)]
     return [pool[index] for index in taken]
 

@@ -40,10 +40,10 @@ class EngineOptions:
     k: int
     vocab_size: int  # the tokenizer's real size: padding above it takes no mass
     precision: str = "float32"  # float32 | bfloat16
-    load_in: str | None = None  # nf4 | int8: linear layers in so few bits, for engines that can
     device: str = "cpu"
     threads: int | None = None
     isolate: bool = False  # rows hold several documents that must not see each other
+    load_in: str | None = None  # nf4 | int8: linear layers in so few bits, for engines that can
     hidden_layers: tuple[int, ...] = ()  # hidden states asked for: 0 the embeddings, n what block n gives on
     row_tokens: int = 2048  # the longest row, for engines that must make room for it
     vllm: VllmOptions = field(default_factory=VllmOptions)

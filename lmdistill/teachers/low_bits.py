@@ -74,7 +74,9 @@ def bits_config(load_in: str, dtype: Any) -> Any:
 
     if load_in == "nf4":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return BitsAndBytesConfig(load_in_8bit=True)
+    if load_in == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    raise ValueError(f"load_in: {load_in}")
 
 
 @dataclass(frozen=True)

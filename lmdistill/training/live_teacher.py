@@ -75,7 +75,7 @@ def open_live(teacher: ModelRef, student: Path, precision: str, device: str, iso
     tokens = token_map(teacher.path)
     check_same_tokens(token_map(student), tokens, "the student", "the teacher", fix="train a student of its tokens")
     engine = LiveEngine()
-    engine.open(teacher, EngineOptions(1, real_vocabulary(tokens), precision, device, isolate=isolate))
+    engine.open(teacher, EngineOptions(1, real_vocabulary(tokens), precision=precision, device=device, isolate=isolate))
     return engine
 
 

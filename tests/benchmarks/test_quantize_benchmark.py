@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import quantize
-import quantize_ways
+from grids import ways
 
 from lmdistill.corpus.config import CorpusConfig, Source
 from lmdistill.pipeline.stage import ModelRef, Runtime, StageContext
@@ -45,7 +45,7 @@ def run(world: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return [quantize.Parent("student", model, corpus, arguments.work, arguments.heldout, deadline)]
 
     monkeypatch.setattr(quantize, "_parents", parents)
-    quick = {"training": quantize_ways.TRAINING | {"precision": "float32", "log_steps": 1}, "step_tokens": 128}
+    quick = {"training": ways.TRAINING | {"precision": "float32", "log_steps": 1}, "step_tokens": 128}
     for name, way in quantize.WAYS.items():
         monkeypatch.setitem(quantize.WAYS, name, replace(way, **quick))
 

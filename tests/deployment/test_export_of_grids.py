@@ -183,7 +183,7 @@ def test_a_q4_0_file_that_llama_cpp_quantised_is_not_the_trained_one(toy: Any, t
 
     placement = Placement.load(model)
     assert placement is not None
-    own = {"d": placement.scales[W1]["d"] * 0.8}
+    own = {"d": placement.scales[W1]["d"] * 1.2}  # no weight at -8 any more: llama.cpp takes another scale
     weights[W1] = placement.grid(W1).fake_quantise(weights[W1], own)
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     write_gguf(model, tmp_path / "f32.gguf", "f32", name="toy", parent="0" * 64)

@@ -94,7 +94,7 @@ def test_a_plain_trainer_leaves_a_model_on_the_grids_it_lay_on(tmp_path: Path) -
     handle = kept_on_its_grids(model, tmp_path / "grid")
     assert handle is not None
     rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
-    keys = {"max_steps": 3, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
+    keys = {"max_steps": 3, "learning_rate": 0.1, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
     Trainer(model, TrainingArguments(str(tmp_path / "work"), **keys), train_dataset=rows).train()
     handle.settle().save(_saved(model, tmp_path / "later"))
     placement = Placement.load(tmp_path / "later")

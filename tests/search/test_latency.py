@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys.search_shapes import known_profile, known_seconds, toy_whole
+from toys.search_shapes import known_profile, known_seconds, toy_space, toy_whole
 
 from lmdistill.errors import IntegrityError, LmdistillError
 from lmdistill.search.design import spread_out
 from lmdistill.search.latency import LatencyModel
 from lmdistill.search.profile import DECODE, Profile, prefill_task
-from lmdistill.search.sub_space import SubSpace
+from lmdistill.search.sub_space import SubSpace, whole
 
 SUB = toy_whole()
 FITTED = spread_out(SUB, 30, 0)
@@ -101,6 +101,13 @@ def test_a_profile_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(json.dumps({**data, "version": 9}))
     with pytest.raises(IntegrityError, match="version 9, not 1"):
         Profile.read(tmp_path / "p.json")
+
+
+def test_shapes_that_do_equal_work_are_timed_where_there_are_no_others() -> None:
+    kernels = whole(toy_space(kernels=[2, 3], hidden_sizes=None, intermediate_sizes=None, kv_heads=None))
+    shapes = len(list(kernels.one_of_each_shape()))
+    found = spread_out(kernels, shapes, 0)
+    assert len({candidate.shape_digest for candidate in found}) == len(found) == shapes
 
 
 def test_timed_shapes_are_unlike_each_other_and_hold_the_extremes() -> None:

@@ -21,8 +21,17 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+NARROW: dict[str, Any] = {
+    "depth": [2, 3],
+    "attention_layers": [1, 2],
+    **dict.fromkeys(("hidden_sizes", "intermediate_sizes", "kv_heads", "vocabularies")),
+    "kernels": [3],
+}
+
+
 def said(**keys: Any) -> list[str]:
-    return [problem.render() for problem in profile_problems(DeviceSearchConfig(**keys), toy_space())]
+    space = toy_space(**keys.get("space", {}))
+    return [problem.render() for problem in profile_problems(DeviceSearchConfig(**keys), space)]
 
 
 def test_a_search_that_can_work_has_no_problem(profile: str) -> None:
@@ -42,3 +51,8 @@ def test_a_missing_or_foreign_profile_is_said(profile: str, tmp_path: Path) -> N
     assert "in q4_0, timing.format is q8_0" in text
     (text,) = said(device=profile, timing={"prompts": [512, 4096]}, budgets=["ttft_ms@4096 <= 9"])
     assert "the profile has prompts of 512, 1024 tokens" in text
+
+
+def test_a_space_with_too_few_shapes_to_time_here_is_said() -> None:
+    (text,) = said(space=NARROW)
+    assert "too few shapes: 4" in text and "at least 12 unlike shapes" in text

@@ -44,7 +44,8 @@ def test_linear_layers_take_so_many_bytes_a_weight_and_the_head_stays(
     assert model.lm_head.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("load_in", "apart"), [("nf4", 0.2), ("int8", 0.02)])
+# far apart as losses go: a toy's random weights, wide and untrained, round worse than those of a trained model
+@pytest.mark.parametrize(("load_in", "apart"), [("nf4", 1.0), ("int8", 0.2)])
 def test_what_the_teacher_loses_is_in_the_stages_figures(
     load_in: str, apart: float, wide: ModelRef, corpus: Artefact, tmp_path: Path
 ) -> None:
