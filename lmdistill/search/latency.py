@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 LEAST = 12  # measurements for a fit
 _COVERAGE = 0.9  # share of left-out candidates within the interval
+_LEAST_SHARE = 0.01  # of a value, at which its interval begins at the lowest: no cost is zero, however noisy its fit
 _MEGA = 1e6
 
 
@@ -36,7 +37,7 @@ class Interval:
     high: float
 
     def inverse(self, numerator: float = 1.0) -> Interval:
-        """numerator / self."""
+        """numerator / self; raises ZeroDivisionError where self is zero, which no fitted figure is."""
         return Interval(numerator / self.value, numerator / self.high, numerator / self.low)
 
     def times(self, factor: float) -> Interval:
@@ -95,7 +96,7 @@ class Fit:
     def interval(self, amounts_F: Sequence[float]) -> Interval:
         """The figure with its interval."""
         value = self.value(amounts_F)
-        return Interval(value, value * max(1 - self.half_width, 0.0), value * (1 + self.half_width))
+        return Interval(value, value * max(1 - self.half_width, _LEAST_SHARE), value * (1 + self.half_width))
 
 
 def _solve(amounts_NF: Array, measured_N: Array) -> Array:
