@@ -1,14 +1,15 @@
 """Searching against not searching, on the embedded teacher: every claim of the search stage, in pieces that are kept.
 
-    python benchmarks/search.py [--json] [--run runs/lfm_small] [--minutes 9] [--tokens 122880] [--random 8]
+    python benchmarks/search.py [--json] [--run runs/lfm_search] [--minutes 9] [--tokens 81920] [--random 8]
 
-Corpus, cache and the hand-made student come from the run folder of recipes/lfm_small.yaml. The pieces, in order:
+Corpus and cache come from the run folder of recipes/lfm_search.yaml; the hand-made student is grown here from the
+keys of the `student` stage of recipes/lfm_qad.yaml, chosen by a person for this machine. The pieces, in order:
 - search: the stage itself, under the budgets that the hand-made student keeps (no slower, no more memory);
 - random: so many random candidates of the space, each trained from the teacher's weights, all together on as many
   tokens as the super-network's candidates were, for the hypervolume of either;
 - short: candidates from all over the search, each with a short distillation, for the rank correlation of the loss of
   inherited weights with that after it;
-- equal: the searched and the hand-made student, each distilled as lfm_small distils, and scored on held-out text;
+- equal: the searched and the hand-made student, each distilled as lfm_search distils, and scored on held-out text;
 - device: both shapes timed in turns as Q4_0 files.
 What is done is kept below --store. Stopped, or after --minutes, the same command goes on; figures of all that is there
 are written to benchmarks/results/search.json (null where a piece is missing). About seventy minutes on two quiet cores.
@@ -88,9 +89,9 @@ def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--run", type=Path, default=Path("runs/lfm_small"), help="the finished run to start from")
+    parser.add_argument("--run", type=Path, default=Path("runs/lfm_search"), help="the finished run to start from")
     parser.add_argument("--keys", type=json.loads, default={}, help="keys laid over those of lfm_search, as JSON")
-    parser.add_argument("--tokens", type=int, default=122_880, help="of the equal distillation")
+    parser.add_argument("--tokens", type=int, default=81_920, help="of the equal distillation")
     parser.add_argument("--short-tokens", type=int, default=8_192, help="of each short distillation")
     parser.add_argument("--short", type=int, default=8, help="candidates that get one")
     parser.add_argument("--random", type=int, default=8, help="random candidates")

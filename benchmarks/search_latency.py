@@ -1,12 +1,12 @@
 """How well a device's speed is foretold: the latency model against shapes that it was not fitted to.
 
-    python benchmarks/search_latency.py [--json] [--fit 32] [--held-out 32] [--rounds 8] [--prompts 512]
+    python benchmarks/search_latency.py [--json] [--fit 32] [--held-out 32] [--rounds 8] [--bursts 4] [--prompts 512]
 
 Random-weight students of the embedded teacher's search space (6 to 30 layers, five widths, five MLP widths, one to
 three key heads, any share of attention) are timed as q4_0 files in llama.cpp beside a reference: `fit` of them, unlike
 each other, make the model; `held_out` of them, drawn at random, are foretold. Both come in turns in one run, groups of
 four, so that no drift of the machine comes between them. `--profile` keeps the timings, and a killed run goes on there.
-The result is also written to benchmarks/results/search_latency.json. About eleven minutes on two quiet cores.
+The result is also written to benchmarks/results/search_latency.json. About twelve minutes on two quiet cores.
 """
 
 from __future__ import annotations
@@ -74,7 +74,12 @@ def timed(arguments: argparse.Namespace, result: Path) -> tuple[Profile, list[Ca
     random.Random(0).shuffle(mixed)
     reference = sorted(fit, key=lambda candidate: candidate.parameters)[len(fit) // 2]
     plan = TimingPlan(
-        arguments.format, tuple(arguments.prompts), arguments.decode, arguments.rounds, threads=arguments.threads
+        arguments.format,
+        tuple(arguments.prompts),
+        arguments.decode,
+        arguments.rounds,
+        threads=arguments.threads,
+        bursts=arguments.bursts,
     )
 
     def report(done: int, total: int) -> None:
@@ -153,7 +158,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--prompts", type=int, nargs="+", default=[512])
-    parser.add_argument("--decode", type=int, default=32)
+    parser.add_argument("--decode", type=int, default=32, help="tokens of a burst of generation")
+    parser.add_argument("--bursts", type=int, default=4, help="of generation in a round")
     parser.add_argument("--format", default="q4_0")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--profile", type=Path, help="keep the timings here, and go on with them")

@@ -32,6 +32,21 @@ def artefact(run: Path, stage: str, kind: str) -> Artefact:
     return Artefact(stage, stage, kind, digest, found[-1])
 
 
+def made_by_hand(store: Path, corpus: Artefact, teacher: ModelRef) -> Artefact:
+    """The student of a person's shape, grown by the `student` stage of recipes/lfm_qad.yaml, once."""
+    recipe = next(entry for entry in load_recipe("lfm_qad").entries if entry.stage.name == "student")
+    folder, unfinished = store / "hand-made", store / "hand-made.unfinished"
+    if not folder.exists():
+        out, work = unfinished / "out", unfinished / "work"
+        for place in (out, work):
+            place.mkdir(parents=True, exist_ok=True)
+        inputs = {"corpus": [corpus]}
+        ctx = StageContext("student", recipe.config, inputs, teacher, out, work, runtime=Runtime())
+        recipe.stage.verify(ctx, recipe.stage.run(ctx))
+        unfinished.rename(folder)
+    return Artefact("student", "student", "student", "hand-made", folder)
+
+
 @dataclass(frozen=True)
 class Bench:
     """One benchmark run."""
@@ -51,8 +66,8 @@ class Bench:
         teacher = assets.model_folder(recipe.teacher, SilentProgress())
         keys = next(entry.config for entry in recipe.entries if entry.stage.name == "search").model_dump(mode="json")
         config = SearchConfig.model_validate({**_laid_over(keys, args.keys), "budgets": []})
-        parts = [artefact(args.run, *names) for names in (("corpus", "corpus"), ("teach", "signals"), ("student",) * 2)]
-        return cls(args, *parts, teacher, config)
+        corpus, signals = (artefact(args.run, *names) for names in (("corpus", "corpus"), ("teach", "signals")))
+        return cls(args, corpus, signals, made_by_hand(args.store, corpus, teacher), teacher, config)
 
     @property
     def folder(self) -> Path:

@@ -106,13 +106,13 @@ def _extracted(bench: Bench, world: run.World, candidate: Candidate, state: Path
 
 
 def equal(bench: Bench) -> dict[str, Any]:
-    """Both students after equal distillation: the keys of lfm_small, the same rows, held-out text."""
+    """Both students after equal distillation: the keys of lfm_search, the same rows, held-out text."""
     from lmdistill.evaluation.heldout import read_heldout
     from lmdistill.pipeline.stage import ModelRef
     from lmdistill.recommend.trial import score_model, train_and_score
 
     args, device = bench.args, Runtime().resolve_device()
-    keys = next(entry.config for entry in load_recipe("lfm_small").entries if entry.name == "distill")
+    keys = next(entry.config for entry in load_recipe("lfm_search").entries if entry.name == "distill")
     config = keys.model_copy(update={"tokens": args.tokens, "compile": args.compile, "checkpoint_steps": 10})
     heldout = read_heldout(bench.corpus.out, "valid", args.heldout)
     starts = {"searched": bench.folder / "out" / "model", "hand_made": bench.student.model().path}

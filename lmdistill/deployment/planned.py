@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lmdistill.pipeline.stage import PreflightContext
+from lmdistill.pipeline.stage import Planned, PreflightContext
 
 _TEACHERS = {
     "hidden_size": "hidden_size",
@@ -44,11 +44,15 @@ def planned_config(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> di
 
 def planned_parameters(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> int | None:
     """How many parameters that student will have, by formula; None where the plan does not say."""
+    return parameters_by(planned_config(student, teacher))
+
+
+def parameters_by(config: Mapping[str, Any] | None) -> int | None:
+    """How many parameters a student of this config.json has, by formula."""
     from types import SimpleNamespace
 
     from lmdistill.students import parameters
 
-    config = planned_config(student, teacher)
     return None if config is None else parameters.count(SimpleNamespace(**config))
 
 
@@ -59,8 +63,43 @@ def config_ahead(ctx: PreflightContext[Any], role: str) -> dict[str, Any] | None
         return _config_of(planned.artefact.model().path)
     if planned.stage == "teacher" or teacher is None:
         return teacher
-    student = planned if planned.stage == "student" else ctx.ancestor("student")
-    return None if student is None else planned_config(student.config.model_dump(), teacher)
+    return _ahead(planned if planned.stage in _MAKERS else _student_stage(ctx), teacher)
+
+
+def student_ahead(ctx: PreflightContext[Any], teacher: Mapping[str, Any]) -> dict[str, Any] | None:
+    """config.json of the student that a stage is built on, made or not; of a search the largest it may choose.
+
+    None where there is no such stage, or the student's shape is its checkpoint's.
+    """
+    return _ahead(_student_stage(ctx), teacher)
+
+
+def _student_stage(ctx: PreflightContext[Any]) -> Planned | None:
+    return next((made for stage in _MAKERS if (made := ctx.ancestor(stage)) is not None), None)
+
+
+def _ahead(made: Planned | None, teacher: Mapping[str, Any]) -> dict[str, Any] | None:
+    if made is None:
+        return None
+    if made.artefact is not None:
+        return _config_of(made.artefact.model().path)
+    return _MAKERS[made.stage](made.config, teacher)
+
+
+def _largest(config: Any, teacher: Mapping[str, Any]) -> dict[str, Any] | None:
+    from lmdistill.search.space import Space
+
+    space = Space(config.space, teacher, config.timing.format)
+    shapes = space.shapes()
+    deepest = [space.evenly(shape) for shape in shapes if shape.depth == shapes[-1].depth]
+    return max(deepest, key=lambda candidate: candidate.parameters).shape_config() if deepest else None
+
+
+def _grown(config: Any, teacher: Mapping[str, Any]) -> dict[str, Any] | None:
+    return planned_config(config.model_dump(), teacher)
+
+
+_MAKERS = {"student": _grown, "search": _largest}
 
 
 def _config_of(folder: Path | None) -> dict[str, Any] | None:

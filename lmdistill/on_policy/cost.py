@@ -14,14 +14,14 @@ FULL_ARRAYS = 10  # float32 arrays of [chunk, V] in a loss over the whole vocabu
 
 def estimate(ctx: PreflightContext[OnPolicyConfig]) -> Estimate:
     """Time on two CPU cores where every completion has its full length; disk; memory."""
-    from lmdistill.deployment.planned import planned_parameters
+    from lmdistill.deployment.planned import parameters_by, student_ahead
     from lmdistill.teachers.planned import WIDTHS, parameters_of
 
-    config, made = ctx.config, ctx.ancestor("student")
-    if made is None or ctx.teacher is None or not (ctx.teacher.path / "config.json").exists():
+    config = ctx.config
+    if ctx.teacher is None or not (ctx.teacher.path / "config.json").exists():
         return Estimate(note="known when the teacher is on this machine")
     shape = json.loads((ctx.teacher.path / "config.json").read_text())
-    student, teacher = planned_parameters(made.config.model_dump(), shape), parameters_of(ctx.teacher.path)
+    student, teacher = parameters_by(student_ahead(ctx, shape)), parameters_of(ctx.teacher.path)
     if student is None:
         return Estimate(note="the student's size is its checkpoint's")
     sequences = config.steps * config.batch_prompts

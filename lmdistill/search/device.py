@@ -79,7 +79,8 @@ def _time_group(group: Sequence[Candidate], reference: Path, request: Request, w
         sizes = {c.shape_digest: write_random_gguf(c, files[c.shape_digest], plan.format) for c in group}
         targets = [SpeedTarget(_REFERENCE, RUNTIME, reference)]
         targets += [SpeedTarget(digest, RUNTIME, path) for digest, path in files.items()]
-        tasks = [Task(name, "decode" if name == DECODE else "prefill", tokens) for name, tokens in plan.tasks.items()]
+        tasks = [Task(name, "prefill", tokens) for name, tokens in plan.tasks.items() if name != DECODE]
+        tasks += [Task(DECODE, "decode", plan.decode)] * plan.bursts
         context = SpeedPlan(max(plan.prompts), plan.decode, plan.rounds, plan.threads or _threads())
         timed = time_in_turns(targets, context, tasks, work / "logs")
     finally:

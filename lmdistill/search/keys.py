@@ -38,6 +38,7 @@ class TimingConfig(BaseModel):
         default=(512,), description="tokens of the prompts whose first answer is timed"
     )
     decode: Annotated[int, Field(ge=4)] = Field(default=32, description="tokens of a burst of generation")
+    bursts: Annotated[int, Field(ge=1)] = Field(default=4, description="bursts of generation of each file in a round")
     rounds: Annotated[int, Field(ge=1)] = Field(default=8, description="rounds in which the files take turns")
     together: Annotated[int, Field(ge=1)] = Field(default=4, description="files in memory at once beside the reference")
     threads: Annotated[int, Field(ge=1)] | None = Field(default=None, description="null: the physical cores")
@@ -46,7 +47,7 @@ class TimingConfig(BaseModel):
     def plan(self) -> TimingPlan:
         """What a device is told of it."""
         prompts = tuple(sorted(set(self.prompts)))
-        return TimingPlan(self.format, prompts, self.decode, self.rounds, self.together, self.threads)
+        return TimingPlan(self.format, prompts, self.decode, self.rounds, self.together, self.threads, self.bursts)
 
 
 class DeviceSearchConfig(StageConfig):

@@ -96,21 +96,20 @@ class DistillStage(Stage[DistillConfig]):
 
     def estimate(self, ctx: PreflightContext[DistillConfig]) -> Estimate:
         """From the planned student's size: six operations a parameter and token; two resume points and the model."""
-        from lmdistill.deployment.planned import planned_parameters
+        from lmdistill.deployment.planned import parameters_by, student_ahead
 
-        student, corpus = ctx.ancestor("student"), ctx.ancestor("corpus")
-        if student is None or ctx.teacher is None or not (ctx.teacher.path / "config.json").exists():
+        corpus = ctx.ancestor("corpus")
+        if ctx.teacher is None or not (ctx.teacher.path / "config.json").exists():
             return Estimate(note="known when the teacher is on this machine")
         teacher = json.loads((ctx.teacher.path / "config.json").read_text())
-        parameters = planned_parameters(student.config.model_dump(), teacher)
-        if parameters is None:
+        shape = student_ahead(ctx, teacher)
+        parameters = parameters_by(shape)
+        if shape is None or parameters is None:
             return Estimate(note="the student's size is its checkpoint's")
         length = getattr(corpus.config, "sequence_length", 1024) if corpus else 1024
         rows = ctx.config.micro_rows or ctx.config.batch_rows
-        shape = student.config.model_dump()
-        width = shape.get("hidden_size") or teacher["hidden_size"]
-        inner = shape.get("intermediate_size") or teacher["intermediate_size"]
-        activations = 2 * rows * length * shape["layers"] * (34 * width + 6 * inner)
+        per_layer = 34 * shape["hidden_size"] + 6 * shape["intermediate_size"]
+        activations = 2 * rows * length * shape["num_hidden_layers"] * per_layer
         logits = 12 * ctx.config.chunk * teacher["vocab_size"]
         operations, memory = _live_load(ctx, teacher, rows * length)
         if ctx.config.quantize:

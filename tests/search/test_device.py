@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from lmdistill.search.design import teacher_candidate
 from lmdistill.search.keys import TimingConfig
 from lmdistill.search.latency import LatencyModel
 from lmdistill.search.portable import write_request
-from lmdistill.search.profile import Profile, Request, TimingPlan
+from lmdistill.search.profile import DECODE, Profile, Request, TimingPlan
 from lmdistill.search.sub_space import whole
 
 PLAN = TimingPlan(prompts=(16,), decode=4, rounds=2, together=2, threads=1)
@@ -86,11 +86,18 @@ def test_another_plan_or_reference_begins_anew(groups: list[list[str]], tmp_path
     assert len(groups) == 3
 
 
+def test_a_plan_from_before_bursts_were_counted_has_one() -> None:
+    before = asdict(PLAN)
+    del before["bursts"]
+    assert TimingPlan.from_json(before) == replace(PLAN, bursts=1)
+
+
 def test_the_teacher_is_timed_where_it_can_be(groups: list[list[str]], tmp_path: Path) -> None:
     timing = TimingConfig(prompts=[16], decode=4, rounds=1, candidates=12, threads=1)
     profile = on_device.profile_of("local", toy_space(), timing, tmp_path)
     assert teacher_candidate(TOY).shape_digest in profile.measured
     assert len(profile.measured) == 13
+    assert {len(each.seconds[DECODE]) for each in profile.measured.values()} == {timing.rounds * timing.bursts}
     with pytest.raises(PreflightError, match=r"q4_0, timing.format is q8_0"):
         on_device.profile_of(
             tmp_path / "profile.json", toy_space(), TimingConfig(prompts=[16], format="q8_0"), tmp_path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from lmdistill.deployment.planned import parameters_by, student_ahead
 from lmdistill.errors import IntegrityError, LmdistillError
+from lmdistill.pipeline.stage import Planned, PreflightContext
 from lmdistill.search.candidate import Candidate
+from lmdistill.search.config import SearchConfig
 from lmdistill.search.space import Space, SpaceConfig
 from lmdistill.search.space_problems import problems
 from lmdistill.search.sub_space import SubSpace, sub_spaces
+from lmdistill.training.config import DistillConfig
 
 SMOLLM2: dict[str, Any] = {
     "model_type": "llama",
@@ -178,3 +183,13 @@ def test_damaged_json_is_no_candidate() -> None:
     for bad in ({**good, "layers": [[0, "mamba"]]}, {"layers": []}, {**good, "more": 1}):
         with pytest.raises(IntegrityError):
             Candidate.from_json(bad)
+
+
+def test_a_plan_foretells_the_largest_student_that_a_search_may_choose(tmp_path: Path) -> None:
+    keys = SearchConfig(space=SpaceConfig(depth=(6, 9), attention_layers=(2, 6), intermediate_sizes=(512, 1536)))
+    searched = Planned("student", "search", "student", "d" * 64, keys)
+    after = Planned("distill", "distill", "model", "e" * 64, DistillConfig(tokens=1), {"student": [searched]})
+    ctx = PreflightContext("next", DistillConfig(tokens=1), {"student": [after]}, None, tmp_path)
+    space = Space(keys.space, SMOLLM2, "q4_0")
+    largest = max(space.evenly(shape).parameters for shape in space.shapes())
+    assert parameters_by(student_ahead(ctx, SMOLLM2)) == largest
