@@ -1,18 +1,20 @@
 """Searching against not searching, on the embedded teacher: every claim of the search stage, in pieces that are kept.
 
-    python benchmarks/search.py [--json] [--run runs/lfm_search] [--minutes 9] [--tokens 81920] [--random 8]
+    python benchmarks/search.py runs/lfm_search [--json] [--random 8] [--short 8] [--minutes 60]
 
-Corpus and cache come from the run folder of recipes/lfm_search.yaml; the hand-made student is grown here from the
-keys of the `student` stage of recipes/lfm_qad.yaml, chosen by a person for this machine. The pieces, in order:
-- search: the stage itself, under the budgets that the hand-made student keeps (no slower, no more memory);
+The searched student, all candidates and the device's timings are those of a finished run of recipes/lfm_search.yaml. Beside
+them stands a student made by hand: grown by the `student` stage of recipes/lfm_qad.yaml, whose shape a person chose for
+this teacher and machine. The pieces, in order:
+- search: what was searched and found; the hand-made student by the latency model;
 - random: so many random candidates of the space, each trained from the teacher's weights, all together on as many
   tokens as the super-network's candidates were, for the hypervolume of either;
 - short: candidates from all over the search, each with a short distillation, for the rank correlation of the loss of
   inherited weights with that after it;
-- equal: the searched and the hand-made student, each distilled as lfm_search distils, and scored on held-out text;
+- equal: the searched student as the run distilled it, the hand-made one distilled by the same keys on the same rows, and
+  both scored on text that neither search nor training saw;
 - device: both shapes timed in turns as Q4_0 files.
 What is done is kept below --store. Stopped, or after --minutes, the same command goes on; figures of all that is there
-are written to benchmarks/results/search.json (null where a piece is missing). About seventy minutes on two quiet cores.
+are written to benchmarks/results/search.json (null where a piece is missing). About half an hour on two quiet cores.
 """
 
 from __future__ import annotations
@@ -89,15 +91,12 @@ def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--run", type=Path, default=Path("runs/lfm_search"), help="the finished run to start from")
-    parser.add_argument("--keys", type=json.loads, default={}, help="keys laid over those of lfm_search, as JSON")
-    parser.add_argument("--tokens", type=int, default=81_920, help="of the equal distillation")
+    parser.add_argument("run", type=Path, help="the folder of a finished run of recipes/lfm_search.yaml")
     parser.add_argument("--short-tokens", type=int, default=8_192, help="of each short distillation")
     parser.add_argument("--short", type=int, default=8, help="candidates that get one")
     parser.add_argument("--random", type=int, default=8, help="random candidates")
     parser.add_argument("--heldout", type=int, default=12_288, help="held-out tokens to score")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="blocks, in equal")
-    parser.add_argument("--minutes", type=float, default=9, help="stop after so many minutes")
+    parser.add_argument("--minutes", type=float, default=60, help="stop after so many minutes")
     parser.add_argument("--store", type=Path, default=Path("runs/search_benchmark"), help="where pieces are kept")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the figures go")
     parser.add_argument("--piece", choices=PIECES, help=argparse.SUPPRESS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,14 @@ from lmdistill import assets
 from lmdistill.pipeline.files import write_json
 from lmdistill.pipeline.stage import Artefact, ModelRef, Runtime, SilentProgress, StageContext
 from lmdistill.recipe import load_recipe
+from lmdistill.recipe.schema import Recipe
 from lmdistill.search.candidate import Candidate, Layer
 from lmdistill.search.config import SearchConfig
+from lmdistill.search.costs import PROFILE
 from lmdistill.search.heldout import HeldOutLoss, TrainingRows
-from lmdistill.search.space import Space
 from lmdistill.training.config import DistillConfig
 
 FATES = {"full": "attention", "local": "conv"}
-KEPT_BY_HAND = ("decode_tps >= {decode_tps:.6g}", "ttft_ms <= {ttft_ms:.6g}", "ram_mb <= {ram_mb:.6g}")
 
 
 def artefact(run: Path, stage: str, kind: str) -> Artefact:
@@ -52,51 +53,57 @@ class Bench:
     """One benchmark run."""
 
     args: argparse.Namespace
+    recipe: Recipe
     corpus: Artefact
     signals: Artefact
-    student: Artefact
+    searched: Artefact
+    distilled: Artefact
+    hand: Artefact
     teacher: ModelRef
-    config: SearchConfig  # without budgets
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Bench:
-        """Read what is there."""
-        recipe = load_recipe("lfm_search")
+        """Read what is there; grow the hand-made student where it is not."""
+        lock = args.run / "recipe.lock.yaml"
+        if not lock.exists():
+            raise SystemExit(f"{args.run} is no run folder: run recipes/lfm_search.yaml, or name another --run")
+        recipe = load_recipe(lock)
         assert recipe.teacher is not None
         teacher = assets.model_folder(recipe.teacher, SilentProgress())
-        keys = next(entry.config for entry in recipe.entries if entry.stage.name == "search").model_dump(mode="json")
-        config = SearchConfig.model_validate({**_laid_over(keys, args.keys), "budgets": []})
-        corpus, signals = (artefact(args.run, *names) for names in (("corpus", "corpus"), ("teach", "signals")))
-        return cls(args, corpus, signals, made_by_hand(args.store, corpus, teacher), teacher, config)
+        kinds = {"corpus": "corpus", "teach": "signals", "search": "student", "distill": "model"}
+        corpus, signals, searched, distilled = (artefact(args.run, *names) for names in kinds.items())
+        return cls(
+            args, recipe, corpus, signals, searched, distilled, made_by_hand(args.store, corpus, teacher), teacher
+        )
 
     @property
-    def folder(self) -> Path:
-        """The search's own."""
-        return Path(self.args.store) / "search"
+    def config(self) -> SearchConfig:
+        """The keys that the run searched with."""
+        config = self.recipe.entry("search").config
+        assert isinstance(config, SearchConfig)
+        return config
 
-    def context(self, config: SearchConfig) -> StageContext[SearchConfig]:
-        """The stage's, resuming from what is there."""
-        out, work = self.folder / "out", self.folder / "work"
+    @property
+    def distilling(self) -> DistillConfig:
+        """The keys that the run distilled the searched student with."""
+        config = self.recipe.entry("distill").config
+        assert isinstance(config, DistillConfig)
+        return config
+
+    def context(self) -> StageContext[SearchConfig]:
+        """The stage's, with the device as the run timed it."""
+        out, work = self.args.store / "out", self.args.store / "work"
         for folder in (out, work):
             folder.mkdir(parents=True, exist_ok=True)
+        if not (work / PROFILE).exists():
+            shutil.copyfile(self.searched.out / PROFILE, work / PROFILE)
         inputs = {"signals": [self.signals], "corpus": [self.corpus]}
-        return StageContext("search", config, inputs, self.teacher, out, work, runtime=Runtime())
-
-    def budgeted(self) -> StageContext[SearchConfig]:
-        """The context with the budgets that the hand-made student keeps, by the latency model."""
-        from lmdistill.search.costs import open_device
-
-        plain = self.context(self.config)
-        teacher = json.loads((self.teacher.path / "config.json").read_text())
-        space = Space(self.config.space, teacher, self.config.timing.format)
-        figures = open_device(self.config, space, plain.out, plain.work, plain.progress).figures(self.hand_made())
-        budgets = [text.format(**figures) for text in KEPT_BY_HAND]
-        return self.context(SearchConfig.model_validate({**self.config.model_dump(mode="json"), "budgets": budgets}))
+        return StageContext("search", self.config, inputs, self.teacher, out, work, runtime=Runtime())
 
     def hand_made(self) -> Candidate:
         """The student that a person chose, as a candidate."""
-        plan = json.loads((self.student.out / "student.json").read_text())["plan"]
-        config = json.loads((self.student.model().path / "config.json").read_text())
+        plan = json.loads((self.hand.out / "student.json").read_text())["plan"]
+        config = json.loads((self.hand.model().path / "config.json").read_text())
         heads = config["num_attention_heads"]
         return Candidate(
             architecture=config["model_type"],
@@ -111,8 +118,8 @@ class Bench:
         )
 
     def found(self) -> dict[str, Any]:
-        """search.json of the search."""
-        record: dict[str, Any] = json.loads((self.folder / "out" / "search.json").read_text())
+        """search.json of the run."""
+        record: dict[str, Any] = json.loads((self.searched.out / "search.json").read_text())
         return record
 
     def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -128,8 +135,6 @@ class Bench:
         self, name: str, start: Path, config: DistillConfig, reader: TrainingRows, heldout: HeldOutLoss
     ) -> dict[str, float]:
         """The held-out loss of a model folder after a distillation, which is dropped then."""
-        import shutil
-
         from lmdistill.training.run import Place, train
 
         folder = Path(self.args.store) / "scratch" / name
@@ -138,12 +143,3 @@ class Bench:
         loss = heldout.of_folder(place.output)
         shutil.rmtree(folder)
         return loss
-
-
-def _laid_over(keys: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """`keys` with `others` in their place, inside nested keys too."""
-    merged = dict(keys)
-    for name, value in others.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _laid_over(merged[name], value) if both else value
-    return merged

@@ -12,37 +12,37 @@ import numpy as np
 
 from lmdistill.checkpoints import save_model
 from lmdistill.pipeline.stage import Runtime
-from lmdistill.recipe import load_recipe
 from lmdistill.search import run
 from lmdistill.search.candidate import Candidate
+from lmdistill.search.costs import open_device
 from lmdistill.search.front import hypervolume
-from lmdistill.search.sandwich import TRAINED
+from lmdistill.search.record import supernet_file
 from lmdistill.search.scored import RANKED, Scored
+from lmdistill.search.space import Space
 from searching.bench import Bench
 
 ENDS = 2  # the largest and the smallest candidate of a sandwich step
 
 
 def search(bench: Bench) -> dict[str, Any]:
-    """The stage itself."""
-    ctx = bench.budgeted()
-    metrics = run.search(ctx)
-    found = bench.found()
+    """What the run searched and found, and what the latency model says of the student made by hand."""
+    found, ctx = bench.found(), bench.context()
     names = ("budgets", "teacher", "sub_spaces", "finalists", "winner")
-    hand = bench.hand_made()
-    costs = run.begin(ctx).costs
+    hand, teacher = bench.hand_made(), json.loads((bench.teacher.path / "config.json").read_text())
+    space = Space(ctx.config.space, teacher, ctx.config.timing.format)
+    costs = open_device(ctx.config, space, ctx.out, ctx.work, ctx.progress)
     return {
-        **metrics,
+        "tried": len(found["candidates"]),
         **{name: found[name] for name in names},
         "front": len(found["front"]),
-        "candidate": json.loads((ctx.out / "student.json").read_text())["candidate"],
+        "candidate": json.loads((bench.searched.out / "student.json").read_text())["candidate"],
         "hand_made": {"candidate": hand.to_json(), "predicted": dict(costs.figures(hand))},
     }
 
 
 def random_search(bench: Bench) -> dict[str, Any]:
     """Random candidates trained on as many tokens as the super-network's, and the hypervolume of both."""
-    ctx = bench.budgeted()
+    ctx = bench.context()
     config, world = ctx.config, run.begin(ctx)
     budget = config.supernet.tokens * (ENDS + config.supernet.random_candidates)
     each = max(1, budget // bench.args.random)
@@ -75,9 +75,9 @@ def short(bench: Bench) -> dict[str, Any]:
     """Inherited losses against those after a short distillation, of candidates from the best to the worst."""
     from scipy.stats import spearmanr
 
-    ctx = bench.budgeted()
+    ctx = bench.context()
     config, world = ctx.config, run.begin(ctx)
-    state = ctx.work / f"sub-{world.subs[0].name}" / "training" / TRAINED
+    state = supernet_file(bench.searched.out, world.subs[0].name)
     tried = {one["digest"]: one for one in bench.found()["candidates"]}
     ordered = sorted(tried.values(), key=lambda one: (one["loss"][RANKED], one["digest"]))
     places = np.linspace(0, len(ordered) - 1, bench.args.short).round().astype(int)
@@ -106,31 +106,43 @@ def _extracted(bench: Bench, world: run.World, candidate: Candidate, state: Path
 
 
 def equal(bench: Bench) -> dict[str, Any]:
-    """Both students after equal distillation: the keys of lfm_search, the same rows, held-out text."""
+    """Both students after equal distillation, by the run's keys and on the same rows: held-out text."""
     from lmdistill.evaluation.heldout import read_heldout
-    from lmdistill.pipeline.stage import ModelRef
-    from lmdistill.recommend.trial import score_model, train_and_score
+    from lmdistill.evaluation.scorer import RowSums, paired_gap
+    from lmdistill.recommend.trial import score_model
+    from lmdistill.signals.reader import SignalsReader
+    from lmdistill.training.run import Place, train
 
-    args, device = bench.args, Runtime().resolve_device()
-    keys = next(entry.config for entry in load_recipe("lfm_search").entries if entry.name == "distill")
-    config = keys.model_copy(update={"tokens": args.tokens, "compile": args.compile, "checkpoint_steps": 10})
-    heldout = read_heldout(bench.corpus.out, "valid", args.heldout)
-    starts = {"searched": bench.folder / "out" / "model", "hand_made": bench.student.model().path}
+    args, device, progress = bench.args, Runtime().resolve_device(), bench.context().progress
+    heldout = read_heldout(bench.corpus.out, "test", args.heldout)
+    starts = {"searched": bench.searched.model().path, "hand_made": bench.hand.model().path}
     found: dict[str, Any] = {}
     for who, folder in starts.items():
 
         def make(who: str = who, folder: Path = folder) -> dict[str, Any]:
-            start = ModelRef(who, folder, who)
-            scratch = Path(args.store) / "scratch" / who
-            scored = train_and_score(config, start, bench.signals.out, heldout, scratch, device)  # type: ignore[arg-type]
-            return {"nll": round(scored.nll, 5), "tokens": scored.tokens}
+            model = bench.distilled.model().path
+            if who == "hand_made":
+                model = args.store / "hand-made-distilled"
+                work = args.store / "scratch" / who
+                train(
+                    SignalsReader(bench.signals.out),
+                    bench.distilling,
+                    Place(folder, model, work, device, who),
+                    progress,
+                )
+            rows, _ = score_model(model, heldout, device)
+            return {"tokens": bench.distilling.tokens, "rows": rows.to_json()}
 
         def before(folder: Path = folder) -> dict[str, Any]:
             rows, _ = score_model(folder, heldout, device)
             return {"start_nll": round(sum(rows.sums["nll"]) / sum(rows.predictions), 5)}
 
         found[who] = bench.kept(f"start-{who}", before) | bench.kept(f"equal-{who}", make)
-    return found
+    sums = {who: RowSums(**found[who].pop("rows")) for who in starts}
+    for who, rows in sums.items():
+        found[who]["nll"] = round(sum(rows.sums["nll"]) / sum(rows.predictions), 5)
+    gap, error = paired_gap(sums["searched"], sums["hand_made"])
+    return {**found, "gap": {"nll": round(gap, 5), "nll_se": round(error, 5), "predictions": sum(rows.predictions)}}
 
 
 def timed(bench: Bench) -> dict[str, Any]:
@@ -139,10 +151,10 @@ def timed(bench: Bench) -> dict[str, Any]:
     from lmdistill.search.profile import DECODE, Request, TimingPlan, prefill_task
 
     hand = bench.hand_made()
-    searched = Candidate.from_json(json.loads((bench.folder / "out" / "student.json").read_text())["candidate"])
+    searched = Candidate.from_json(json.loads((bench.searched.out / "student.json").read_text())["candidate"])
     plan = TimingPlan(bench.config.timing.format, rounds=4 * bench.config.timing.rounds)
     asked = Request(plan, hand, tuple({one.shape_digest: one for one in (searched, hand)}.values()))
-    profile = device.run(asked, Path(bench.args.store) / "timed.json", bench.folder / "timed")
+    profile = device.run(asked, Path(bench.args.store) / "timed.json", bench.args.store / "work" / "timed")
     found = {}
     for who, candidate in (("searched", searched), ("hand_made", hand)):
         measured = profile.measured[candidate.shape_digest]

@@ -72,6 +72,9 @@ class SupernetKeys(Keys):
     relations: RelationKeys | None = Field(
         default=None, description="attention relations beside the loss at the head; null: none"
     )
+    keep: bool = Field(
+        default=False, description="keep its trained weights in the artefact, for other candidates to be cut from"
+    )
     importance_rows: Annotated[int, Field(ge=1)] = Field(
         default=1024, description="rows on which the importance of channels and heads is measured"
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from lmdistill.errors import PreflightError
 from lmdistill.losses.fused_head import Mix
+from lmdistill.precision import products_in
 from lmdistill.signals.reader import SignalsReader
 from lmdistill.training.config import DistillConfig
 
@@ -47,7 +48,7 @@ class HeldOutLoss:
         whole = SignalsReader(reader.folder, reader.split)
         collator = SignalsCollator(whole, reader.manifest.packing == "isolate")
         rows = range(reader.rows, whole.rows)
-        self._half = config.precision == "bfloat16"
+        self._half = products_in(config.precision, device) == "bfloat16"
         self._device, self.mix, self._chunk = device, Phases(config, 1).at(0), config.chunk
         self._batches = [
             {name: tensor.to(device) for name, tensor in collator(rows[start : start + ROWS_AT_ONCE]).items()}

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lmdistill.precision import products_in
 from lmdistill.students import blocks
 
 _INNER, _OUTER = ("w2", "down_proj"), ("out_proj", "o_proj")
@@ -66,7 +67,8 @@ def measure(model: Any, tokens_RT: torch.Tensor, rows_at_once: int, precision: s
         projection = named_child(layer.self_attn, _OUTER)
         handles.append(projection.register_forward_pre_hook(_keep_input(_by_head(outer[place], heads))))
     device = tokens_RT.device.type
-    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+    half = products_in(precision, device) == "bfloat16"
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=half):
         for start in range(0, len(tokens_RT), rows_at_once):
             model.model(tokens_RT[start : start + rows_at_once], use_cache=False)
     for handle in handles:

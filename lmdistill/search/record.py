@@ -77,6 +77,8 @@ def write(
     source = winner.newest if config.weights == "tuned" else winner.start
     shutil.copytree(source, ctx.out / "model", dirs_exist_ok=True)
     copy_tokenizer(tokenizer, ctx.out / "model")
+    if config.supernet.keep:
+        _keep(tried, ctx.out)
     candidate = winner.scored.candidate
     counts = {
         "parameters": _parameters(source),
@@ -87,6 +89,17 @@ def write(
     (ctx.out / "student.json").write_text(json.dumps({**student, "candidate": candidate.to_json()}, indent=1) + "\n")
     write_json(ctx.out / FILE, _search(config, tried, finalists, costs, measured))
     return {**counts, "tried": sum(len(each.scored) for each in tried), "winner": candidate.digest}
+
+
+def supernet_file(out: Path, sub_space: str) -> Path:
+    """Where a sub-space's trained weights are kept in an artefact."""
+    return out / f"supernet-{sub_space}.safetensors"
+
+
+def _keep(tried: Sequence[Tried], out: Path) -> None:
+    for each in tried:
+        if each.found.state is not None:
+            shutil.copyfile(each.found.state, supernet_file(out, each.sub.name))
 
 
 def _parameters(folder: Path) -> int:

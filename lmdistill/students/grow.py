@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmdistill.pipeline.stage import Progress
+from lmdistill.precision import products_in
 from lmdistill.students import blocks, lfm2, regression, selection, short_conv
 from lmdistill.students.regression import Fit
 from lmdistill.students.selection import Fate, PlanScorer
@@ -61,12 +62,13 @@ def choose(model: Any, tokens_RT: torch.Tensor, growth: Growth, work: Path, prog
 
 
 def in_precision(model: Any, precision: str) -> Any:
-    """`model`, or a copy of it with weights in `precision`; buffers (rotary frequencies) keep every digit."""
-    if precision == "float32":
+    """`model`, or a copy with weights in what products are made in; buffers (rotary frequencies) keep every digit."""
+    products = products_in(precision, model.device.type)
+    if products == "float32":
         return model
     rounded = copy.deepcopy(model)
     for parameter in rounded.parameters():
-        parameter.data = parameter.data.to(getattr(torch, precision))
+        parameter.data = parameter.data.to(getattr(torch, products))
     return rounded
 
 

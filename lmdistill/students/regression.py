@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lmdistill.precision import products_in
 from lmdistill.students import blocks
 from lmdistill.training.optimizer import build, step_sizes
 
@@ -44,11 +45,11 @@ def fit_block(
 ) -> tuple[float, float]:
     """Fit one block in place; the relative error before and after, on the first rows."""
     probe = slice(0, how.rows)
-    dtype = getattr(torch, how.precision)
     device = inputs_RTD.device.type
+    products = products_in(how.precision, device)
 
     def error(rows: Any) -> torch.Tensor:
-        with torch.autocast(device, dtype, enabled=how.precision != "float32"):
+        with torch.autocast(device, getattr(torch, products), enabled=products != "float32"):
             out_RTD = blocks.run_block(block, inputs_RTD[rows], rotary)
         return relative_errors(out_RTD, targets_RTD[rows]).mean()
 
@@ -70,10 +71,9 @@ def fit_block(
 def advance(block: Any, hidden_RTD: torch.Tensor, rotary: Any, rows: int, precision: str) -> torch.Tensor:
     """The block's output on all rows, a few at a time."""
     out_RTD = torch.empty_like(hidden_RTD)
-    with (
-        torch.no_grad(),
-        torch.autocast(hidden_RTD.device.type, getattr(torch, precision), enabled=precision != "float32"),
-    ):
+    device = hidden_RTD.device.type
+    products = products_in(precision, device)
+    with torch.no_grad(), torch.autocast(device, getattr(torch, products), enabled=products != "float32"):
         for start in range(0, hidden_RTD.shape[0], rows):
             part = slice(start, start + rows)
             out_RTD[part] = blocks.run_block(block, hidden_RTD[part], rotary)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lmdistill.errors import PreflightError
 from lmdistill.pipeline.stage import ModelRef, PreflightContext
+from lmdistill.precision import products_in
 from lmdistill.signals.format import TeacherInfo
 from lmdistill.signals.hidden import HiddenLayout
 from lmdistill.signals.hidden_plan import check_hidden, hidden_layout, hidden_memory
@@ -110,7 +111,8 @@ def planned_load(ctx: PreflightContext[TeachConfig], teacher: ModelRef) -> tuple
     """(parameters that every token goes through, bytes of memory), of all teachers that are here."""
     teachers = [teacher, *members_here(ctx.config.ensemble)]
     parameters = sum(parameters_of(model.path) for model in teachers)
-    weights = sum(_weight_bytes(ctx.config, model) for model in teachers)
+    device = ctx.runtime.resolve_device()
+    weights = sum(_weight_bytes(ctx.config, model, device) for model in teachers)
     if ctx.config.engine != "transformers" and ctx.config.parity_rows:
         weights = max(weights, parameters * WIDTHS["float32"])  # the reference of the proof
     return parameters, weights + BASE_MEMORY + _hidden_memory(ctx, teacher)
@@ -125,16 +127,17 @@ def _hidden_memory(ctx: PreflightContext[TeachConfig], teacher: ModelRef) -> int
     return hidden_memory(layout, teacher.path, ctx.config.batch_rows * int(length))
 
 
-def _weight_bytes(config: TeachConfig, model: ModelRef) -> int:
+def _weight_bytes(config: TeachConfig, model: ModelRef, device: str) -> int:
     """Memory of a teacher's weights: those of its GGUF where that is what is scored."""
     if config.engine in ENGINES and ENGINES[config.engine].gguf and model.gguf is not None:
         return model.gguf.stat().st_size
+    held = WIDTHS[products_in(config.precision, device)]
     if config.load_in:
         from lmdistill.teachers.low_bits import BYTES
 
-        whole = WIDTHS[config.precision] if config.parity_rows else 0  # loaded once, to measure what is lost
+        whole = held if config.parity_rows else 0  # loaded once, to measure what is lost
         return int(parameters_of(model.path) * max(whole, BYTES[config.load_in]))
-    return parameters_of(model.path) * WIDTHS[config.precision]
+    return parameters_of(model.path) * held
 
 
 def parameters_of(folder: Path) -> int:

@@ -15,6 +15,7 @@ from lmdistill.checkpoints import load_model
 from lmdistill.corpus.format import document_positions
 from lmdistill.errors import LmdistillError
 from lmdistill.pipeline.stage import ModelRef
+from lmdistill.precision import products_in
 from lmdistill.teachers.engine import EngineOptions, TopK, TopKWithHidden
 from lmdistill.teachers.reduction import reduce_logits
 from lmdistill.teachers.registry import engine
@@ -39,6 +40,8 @@ class TransformersEngine:
         self._layers: tuple[int, ...] = ()  # hidden states to keep; none while the model is probed
         self._kept: list[Any] = []
         self._model = load_model(teacher.path, options.precision, options.device, load_in=options.load_in)
+        if not options.load_in and products_in(options.precision, options.device) == "float32":
+            self._model.float()  # weights stay as coarse as was asked for
         head = self._model.get_output_embeddings()
         if head.weight.shape[0] < options.vocab_size:
             raise LmdistillError(

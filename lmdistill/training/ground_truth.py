@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdistill.pipeline.stage import Progress
+from lmdistill.precision import products_in
 from lmdistill.signals.reader import SignalsReader
 from lmdistill.training.config import DistillConfig
 from lmdistill.training.data import SignalsCollator
@@ -124,6 +125,6 @@ def _log_probs(folder: Path, held_out: SignalsReader, config: DistillConfig, pla
     chosen = np.unique(np.linspace(0, held_out.rows - 1, rows).astype(int)).tolist()
     collator = SignalsCollator(held_out, held_out.manifest.packing == "isolate")
     model = load_model(folder, device=place.device)
-    half = config.precision == "bfloat16"
+    half = products_in(config.precision, place.device) == "bfloat16"
     found = [lp_RT[~np.isnan(lp_RT)] for lp_RT in scored_rows(model, collator, chosen, SCORE_ROWS, SCORE_CHUNK, half)]
     return np.concatenate(found)

@@ -18,6 +18,7 @@ from lmdistill.curriculum.config import CurriculumConfig
 from lmdistill.curriculum.difficulty import F64, Sight, find_measure, row_means
 from lmdistill.curriculum.order import buckets_of, paced_order
 from lmdistill.errors import IntegrityError
+from lmdistill.precision import products_in
 from lmdistill.signals.reader import SignalsReader
 from lmdistill.training.config import DistillConfig
 from lmdistill.training.corpus_rows import CorpusRows
@@ -91,7 +92,7 @@ def _student_losses(reader: Reader, config: DistillConfig, model: Any) -> F64:
     import torch
 
     collator = SignalsCollator(reader, reader.manifest.packing == "isolate")
-    rows, half = range(reader.rows), config.precision == "bfloat16"
+    rows, half = range(reader.rows), products_in(config.precision, model.device.type) == "bfloat16"
     with torch.compiler.set_stance("force_eager"):  # blocks are compiled for the shape of a training step
         scored = scored_rows(model, collator, rows, SCORE_ROWS, SCORE_CHUNK, half)
         return np.concatenate([row_means(-lp_RT, ~np.isnan(lp_RT)) for lp_RT in scored])

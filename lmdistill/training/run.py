@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lmdistill.errors import IntegrityError
 from lmdistill.pipeline.keys import semantic
 from lmdistill.pipeline.stage import ModelRef, Progress
+from lmdistill.precision import products_in
 from lmdistill.signals.reader import SignalsReader
 from lmdistill.training.config import DistillConfig
 from lmdistill.training.corpus_rows import CorpusRows
@@ -306,7 +307,7 @@ def argument_keys(
         "adam_beta1": config.beta1,
         "adam_beta2": config.beta2,
         "max_grad_norm": config.clip,
-        "bf16": config.precision == "bfloat16",
+        "bf16": products_in(config.precision, place.device) == "bfloat16",
         "use_cpu": on_cpu,
         "logging_steps": config.log_steps,
         "logging_nan_inf_filter": False,  # it waits for the device in every step, and hides what verify looks for
