@@ -3,8 +3,8 @@
     python benchmarks/search.py runs/lfm_search [--json] [--random 8] [--short 8] [--minutes 60]
 
 The searched student, all candidates and the device's timings are those of a finished run of recipes/lfm_search.yaml.
-Beside them stands a student made by hand: grown by the `student` stage of recipes/lfm_qad.yaml, whose shape a person chose for
-this teacher and machine. The pieces, in order:
+Beside them stands a student made by hand: grown by the `student` stage of recipes/lfm_qad.yaml, whose shape a person
+chose for this teacher and machine. The pieces, in order:
 - search: what was searched and found; the hand-made student by the latency model;
 - random: so many random candidates of the space, each trained from the teacher's weights, all together on as many
   tokens as the super-network's candidates were, for the hypervolume of either;

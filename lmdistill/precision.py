@@ -1,7 +1,7 @@
 """The type that products are made in: what a recipe asks for, or a finer one where the processor is faster at it.
 
-`precision: bfloat16` says how coarse weights and products may be. A CPU without instructions for it (AVX2 alone, in many
-laptops) takes some eight times as long for such a product as for one in float32: there it is made in float32.
+`precision: bfloat16` says how coarse weights and products may be. A CPU without instructions for it (AVX2 alone, in
+many laptops) takes some eight times as long for such a product as for one in float32: there it is made in float32.
 """
 
 from __future__ import annotations
