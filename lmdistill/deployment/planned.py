@@ -52,6 +52,17 @@ def planned_parameters(student: Mapping[str, Any], teacher: Mapping[str, Any]) -
     return None if config is None else parameters.count(SimpleNamespace(**config))
 
 
+def student_keys(ctx: PreflightContext[Any], teacher: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The keys of the student stage behind a stage; after a search, those of the largest student it may choose."""
+    if (student := ctx.ancestor("student")) is not None:
+        return student.config.model_dump()
+    if (search := ctx.ancestor("search")) is None:
+        return None
+    from lmdistill.search.ahead import largest
+
+    return largest(search.config, teacher)  # type: ignore[arg-type]
+
+
 def config_ahead(ctx: PreflightContext[Any], role: str) -> dict[str, Any] | None:
     """config.json of the model that plays `role`, where it is there or the recipe tells what it will be."""
     planned, teacher = ctx.one(role), _config_of(ctx.teacher.path if ctx.teacher else None)

@@ -96,22 +96,23 @@ class DistillStage(Stage[DistillConfig]):
 
     def estimate(self, ctx: PreflightContext[DistillConfig]) -> Estimate:
         """From the planned student's size: six operations a parameter and token; two resume points and the model."""
-        from lmdistill.deployment.planned import planned_parameters
+        from lmdistill.deployment.planned import planned_parameters, student_keys
 
-        student, corpus = ctx.ancestor("student"), ctx.ancestor("corpus")
-        if student is None or ctx.teacher is None or not (ctx.teacher.path / "config.json").exists():
+        corpus = ctx.ancestor("corpus")
+        if ctx.teacher is None or not (ctx.teacher.path / "config.json").exists():
             return Estimate(note="known when the teacher is on this machine")
         teacher = json.loads((ctx.teacher.path / "config.json").read_text())
-        parameters = planned_parameters(student.config.model_dump(), teacher)
-        if parameters is None:
+        shape = student_keys(ctx, teacher)
+        parameters = None if shape is None else planned_parameters(shape, teacher)
+        if shape is None or parameters is None:
             return Estimate(note="the student's size is its checkpoint's")
         length = getattr(corpus.config, "sequence_length", 1024) if corpus else 1024
         rows = ctx.config.micro_rows or ctx.config.batch_rows
-        shape = student.config.model_dump()
         width = shape.get("hidden_size") or teacher["hidden_size"]
         inner = shape.get("intermediate_size") or teacher["intermediate_size"]
         activations = 2 * rows * length * shape["layers"] * (34 * width + 6 * inner)
         logits = 12 * ctx.config.chunk * teacher["vocab_size"]
+        at_most = "" if ctx.ancestor("student") else "at most "  # a search chooses it
         operations, memory = _live_load(ctx, teacher, rows * length)
         if ctx.config.quantize:
             operations += 2 * parameters if ctx.config.self_teacher else 0
@@ -120,7 +121,7 @@ class DistillStage(Stage[DistillConfig]):
             (6 * parameters + operations) * ctx.config.tokens_seen / CPU_FLOPS,
             2 * 12 * parameters + 4 * parameters,
             16 * parameters + activations + logits + memory,
-            f"{parameters / 1e6:,.0f} M parameters; time on two CPU cores",
+            f"{at_most}{parameters / 1e6:,.0f} M parameters; time on two CPU cores",
         )
 
     def run(self, ctx: StageContext[DistillConfig]) -> dict[str, Any]:
