@@ -80,6 +80,19 @@ def test_pruning_tries_each_shape_once_and_trains_no_shared_weights(context: Mak
     assert not list((tmp_path / "work").rglob("checkpoint-*"))
 
 
+def test_without_convolutions_the_student_is_a_llama_that_attends_throughout(context: Make, tmp_path: Path) -> None:
+    from lmdistill.checkpoints import load_model
+
+    ctx = context(tmp_path, space={**KEYS["space"], "operators": ["attention"]}, weights="tuned")
+    run(ctx)
+    student = json.loads((ctx.out / "student.json").read_text())
+    model = load_model(ctx.out / "model")
+    assert model.config.model_type == "llama" and set(student["layer_types"]) == {"full_attention"}
+    found = json.loads((ctx.out / "search.json").read_text())
+    tuned = ctx.work / "finalists" / found["winner"][:16] / f"after-{len(found['finalists'][0]['rounds'])}"
+    assert (ctx.out / "model" / "model.safetensors").read_bytes() == (tuned / "model.safetensors").read_bytes()
+
+
 def test_sub_spaces_are_searched_each_with_weights_of_its_own(context: Make, tmp_path: Path) -> None:
     """Two bands, that meet nowhere, in one search: candidates stay in theirs, and finalists take its weights."""
     bands = {"small": {"parameters": [0, 0.06]}, "base": {"parameters": [0.06, 1]}}
