@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,7 +28,8 @@ def profile_device(
 ) -> None:
     """Time random-weight students of a recipe's search space on this machine, or ask another one to.
 
-    Killed, the same command goes on. Examples: lmdistill profile-device recipes/lfm_search.yaml;
+    Then says whether the recipe's budgets can be kept there. Killed, the same command goes on. Examples:
+    lmdistill profile-device recipes/lfm_search.yaml;
     lmdistill profile-device recipes/lfm_search.yaml --request for_the_pi
     """
     from lmdistill.search.on_device import request_for
@@ -47,7 +49,11 @@ def profile_device(
     def report(done: int, total: int) -> None:
         typer.echo(f"{done} of {total} timed", err=True)
 
-    _show(run(asked, out, out.with_name(f".{out.stem}"), report), out)
+    work = out.with_name(f".{out.stem}")
+    profile = run(asked, out, work, report)
+    shutil.rmtree(work, ignore_errors=True)  # nothing was timed where the profile was whole already
+    _show(profile, out)
+    _judge(profile, config, space)
 
 
 def _search_of(recipe: str, overrides: list[str]) -> tuple[DeviceSearchConfig, Space]:
@@ -75,6 +81,16 @@ def _search_of(recipe: str, overrides: list[str]) -> tuple[DeviceSearchConfig, S
             "; ".join(what for what, _ in found), fix="; ".join(dict.fromkeys(fix for _, fix in found))
         )
     return config, space
+
+
+def _judge(profile: Profile, config: DeviceSearchConfig, space: Space) -> None:
+    """Say that the budgets can be kept by some candidate; raises the error of the first that cannot."""
+    from lmdistill.search.profile_checks import problems_of
+
+    for problem in problems_of(profile, config, space):
+        raise problem
+    if config.budgets:
+        typer.echo(f"{' and '.join(config.budgets)}: some student of the space is foretold to keep that here")
 
 
 def _show(profile: Profile, out: Path) -> None:

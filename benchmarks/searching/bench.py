@@ -28,7 +28,7 @@ def artefact(run: Path, stage: str, kind: str) -> Artefact:
     """The newest finished artefact of a stage in a run folder."""
     found = sorted(run.resolve().glob(f"[0-9]*-{stage}-*"))
     if not found:
-        raise SystemExit(f"{run} has no finished '{stage}': run recipes/lfm_small.yaml, or name another --run")
+        raise SystemExit(f"{run} has no finished '{stage}': run recipes/lfm_search.yaml first")
     digest = json.loads((found[-1] / "manifest.json").read_text()).get("fingerprint", found[-1].name)
     return Artefact(stage, stage, kind, digest, found[-1])
 
@@ -66,7 +66,7 @@ class Bench:
         """Read what is there; grow the hand-made student where it is not."""
         lock = args.run / "recipe.lock.yaml"
         if not lock.exists():
-            raise SystemExit(f"{args.run} is no run folder: run recipes/lfm_search.yaml, or name another --run")
+            raise SystemExit(f"{args.run} is no run folder: run recipes/lfm_search.yaml first")
         recipe = load_recipe(lock)
         assert recipe.teacher is not None
         teacher = assets.model_folder(recipe.teacher, SilentProgress())

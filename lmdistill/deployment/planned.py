@@ -87,12 +87,9 @@ def _ahead(made: Planned | None, teacher: Mapping[str, Any]) -> dict[str, Any] |
 
 
 def _largest(config: Any, teacher: Mapping[str, Any]) -> dict[str, Any] | None:
-    from lmdistill.search.space import Space
+    from lmdistill.search.ahead import largest
 
-    space = Space(config.space, teacher, config.timing.format)
-    shapes = space.shapes()
-    deepest = [space.evenly(shape) for shape in shapes if shape.depth == shapes[-1].depth]
-    return max(deepest, key=lambda candidate: candidate.parameters).shape_config() if deepest else None
+    return largest(config, teacher)
 
 
 def _grown(config: Any, teacher: Mapping[str, Any]) -> dict[str, Any] | None:

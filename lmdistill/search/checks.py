@@ -7,19 +7,24 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmdistill.errors import LmdistillError, PreflightError, RecipeError, nearest
 from lmdistill.losses import registry
 from lmdistill.pipeline.stage import PreflightContext
 from lmdistill.search.config import SearchConfig
+from lmdistill.teachers.sampling_keys import SAMPLED
 
-PACKAGES = ("optuna", "scipy", "llama_cpp")  # the last one where shapes are timed here
+if TYPE_CHECKING:
+    from lmdistill.search.space import Space
+
+PACKAGES = ("optuna", "scipy")
+TIMING_PACKAGES = ("llama_cpp", "gguf")  # where shapes are timed here
 
 
 def check_search(ctx: PreflightContext[SearchConfig]) -> list[LmdistillError]:
     """All problems that can be known, each with its way out."""
-    found = [*_names(ctx), *_packages(ctx)]
+    found = [*_names(ctx), *_packages(ctx), *_rows(ctx)]
     if ctx.teacher is not None and (ctx.teacher.path / "config.json").exists():
         teacher = json.loads((ctx.teacher.path / "config.json").read_text())
         found += _space(ctx, teacher)
@@ -37,13 +42,26 @@ def _names(ctx: PreflightContext[SearchConfig]) -> Iterator[LmdistillError]:
     if chosen not in known:
         what = f"stage '{ctx.name}': no loss is called '{chosen}'{nearest(chosen, known)}"
         yield PreflightError(what, fix=f"one of: {', '.join(known)}")
-    elif known[chosen].signals in ("live", "sampled"):
+    elif chosen == "none" or known[chosen].signals in ("live", "sampled"):
         what = f"stage '{ctx.name}': the loss '{chosen}' does not learn from a cache of the teacher's top K"
         yield PreflightError(what, fix="use decoupled_topk, or another loss that does")
+    cache = ctx.one("signals")
+    if getattr(cache.config, "variant", "") == SAMPLED:
+        what = f"stage '{ctx.name}' ranks students on the teacher's top K, and '{cache.name}' draws ids"
+        yield PreflightError(what, fix=f"set `variant: mmap` or `compact` in '{cache.name}'")
+
+
+def _rows(ctx: PreflightContext[SearchConfig]) -> Iterator[LmdistillError]:
+    """Some rows are left to train on, where the corpus says how many there will be at most."""
+    corpus = ctx.one("corpus").config
+    tokens, length = getattr(corpus, "train_tokens", None), getattr(corpus, "sequence_length", None)
+    if tokens and length and tokens // length <= ctx.config.heldout_rows:
+        what = f"stage '{ctx.name}': heldout_rows {ctx.config.heldout_rows} leaves none of {tokens // length} rows"
+        yield PreflightError(what, fix="lower `heldout_rows`, or raise the corpus' `train_tokens`")
 
 
 def _packages(ctx: PreflightContext[SearchConfig]) -> Iterator[LmdistillError]:
-    for package in PACKAGES[:-1] if isinstance(ctx.config.device, Path) else PACKAGES:
+    for package in (*PACKAGES, *(() if isinstance(ctx.config.device, Path) else TIMING_PACKAGES)):
         if importlib.util.find_spec(package) is None:
             what = f"stage '{ctx.name}' needs the package {package}"
             yield PreflightError(what, why="not installed", fix="pip install 'lmdistill[search]'")
@@ -75,4 +93,24 @@ def _space(ctx: PreflightContext[SearchConfig], teacher: dict[str, Any]) -> Iter
     for text, fix in found:
         yield PreflightError(f"stage '{ctx.name}': {text}", fix=fix)
     if not found:
+        yield from _relations(ctx, space)
         yield from profile_problems(ctx.config, space)
+
+
+def _relations(ctx: PreflightContext[SearchConfig], space: Space) -> Iterator[LmdistillError]:
+    """The teacher's attention and every candidate's can be split into the relation heads that are asked for."""
+    from lmdistill.intermediate.registry import Site
+    from lmdistill.intermediate.terms import sides
+
+    keys, teacher = ctx.config.supernet.relations, SimpleNamespace(**space.teacher)
+    if keys is None:
+        return
+    widths = {(shape.hidden_size, shape.kv_heads): shape for shape in space.shapes()}
+    for shape in widths.values():
+        candidate = SimpleNamespace(**space.evenly(shape).shape_config())
+        for letter in keys.relations:
+            try:
+                sides(Site(letter, 0), keys.as_intermediate, candidate, teacher)
+            except PreflightError as error:
+                yield PreflightError(f"stage '{ctx.name}': supernet.relations: {error.what}", fix=error.fix)
+                return

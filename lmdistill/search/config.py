@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from lmdistill.pipeline.stage import RuntimeKey
 from lmdistill.search.keys import DeviceSearchConfig
 from lmdistill.training.config import DistillConfig
+
+if TYPE_CHECKING:
+    from lmdistill.intermediate.keys import IntermediateKeys
 
 Objective = Literal["decode_ms", "ttft_ms", "ram_mb", "file_mb"]
 
@@ -55,6 +58,13 @@ class RelationKeys(Keys):
     relation_heads: Annotated[int, Field(ge=1)] = Field(
         default=1, description="heads that both sides are split into anew; divides the widths of all candidates"
     )
+
+    @property
+    def as_intermediate(self) -> IntermediateKeys:
+        """The same as an entry of distill's `intermediate`, with the teacher beside it."""
+        from lmdistill.intermediate.keys import IntermediateKeys
+
+        return IntermediateKeys(loss=self.loss, relations=self.relations, relation_heads=self.relation_heads, live=True)
 
 
 class SupernetKeys(Keys):

@@ -16,7 +16,7 @@ from lmdistill.search import device, feasible, on_device
 from lmdistill.search.candidate import Candidate
 from lmdistill.search.keys import DeviceSearchConfig
 from lmdistill.search.latency import LatencyModel
-from lmdistill.search.profile import DECODE, Profile, Request, prefill_task
+from lmdistill.search.profile import Profile, Request
 from lmdistill.search.space import Space
 from lmdistill.search.sub_space import SubSpace
 
@@ -41,8 +41,12 @@ class ModelledDevice:
 
     def excess(self, candidate: Candidate) -> Mapping[str, float]:
         """By what share each budget is missed."""
-        figures = self.figures(candidate)
-        return {str(bound): round(bound.violation(figures, self.teacher), 6) for bound in self._bounds}
+        return self.excess_of(self.figures(candidate))
+
+    def excess_of(self, figures: Mapping[str, float] | None) -> dict[str, float]:
+        """The same of figures that are foretold or measured; nothing where there are none."""
+        bounds = self._bounds if figures is not None else ()
+        return {str(bound): round(bound.violation(figures or {}, self.teacher), 6) for bound in bounds}
 
     def check_budgets(self, subs: Sequence[SubSpace]) -> None:
         """Raise PreflightError, with the nearest point, where no candidate keeps the budgets."""
@@ -51,31 +55,23 @@ class ModelledDevice:
             raise refusal
 
     def measure(self, candidates: Sequence[Candidate], work: Path) -> dict[str, dict[str, float]]:
-        """Measured figures by candidates' digests, where the device is this machine; kept in `work`."""
+        """Measured figures by candidates' digests, where the device is this machine; kept in `work`.
+
+        They are at the reference's speed in the profile, so the teacher's and the budgets can be held against them.
+        """
         if isinstance(self._config.device, Path):
             return {}
         request = Request(self.profile.plan, self.profile.reference, tuple(candidates))
         timed = device.run(request, work / FINALISTS, work / "timed")
-        return {one.digest: _measured(timed, one) for one in candidates}
+        return {
+            one.digest: with_decode_ms(self.profile.figures(timed.measured[one.shape_digest])) for one in candidates
+        }
 
 
 def with_decode_ms(figures: Mapping[str, float]) -> dict[str, float]:
     """Figures with the time of a token, to six digits: candidates of one shape have the same."""
     both = {**figures, "decode_ms": 1e3 / figures["decode_tps"]}
     return {name: float(f"{value:.6g}") for name, value in both.items()}
-
-
-def _measured(profile: Profile, candidate: Candidate) -> dict[str, float]:
-    found = profile.measured[candidate.shape_digest]
-    first = min(profile.plan.prompts)
-    return with_decode_ms(
-        {
-            "decode_tps": profile.plan.decode / profile.seconds(found, DECODE),
-            "ttft_ms": 1e3 * profile.seconds(found, prefill_task(first)),
-            "ram_mb": found.peak_rss_bytes / 1e6,
-            "file_mb": found.file_bytes / 1e6,
-        }
-    )
 
 
 def open_device(config: DeviceSearchConfig, space: Space, out: Path, work: Path, progress: Progress) -> ModelledDevice:

@@ -46,6 +46,7 @@ def _processor() -> str:
 
 def run(request: Request, result: Path, work: Path, report: Report = lambda done, total: None) -> Profile:
     """Time what `request` asks and `result` does not hold yet; `work` is for the files while they are timed."""
+    result.parent.mkdir(parents=True, exist_ok=True)  # before hours of timing, not after the first group
     profile = _begun(request, result)
     todo = [each for each in of_unlike_shapes(request.candidates) if each.shape_digest not in profile.measured]
     total = len(profile.measured) + len(todo)

@@ -10,26 +10,15 @@ from lmdistill.search.budget import Budget, Figures, violations
 from lmdistill.search.candidate import Candidate
 from lmdistill.search.design import teacher_candidate
 from lmdistill.search.latency import LatencyModel
-from lmdistill.search.profile import DECODE, Profile, prefill_task
+from lmdistill.search.profile import Profile
 from lmdistill.search.sub_space import SubSpace
-
-_MEGA = 1e6
 
 
 def teacher_figures(profile: Profile, model: LatencyModel, teacher: Mapping[str, Any]) -> dict[str, float]:
     """The teacher's figures on the device: measured where the profile has them, else foretold."""
     candidate = teacher_candidate(teacher)
     measured = profile.measured.get(candidate.shape_digest)
-    if measured is None:
-        return model.predict(candidate).figures
-    ttft = {t: profile.seconds(measured, prefill_task(t)) * 1e3 for t in profile.plan.prompts}
-    return {
-        "decode_tps": profile.plan.decode / profile.seconds(measured, DECODE),
-        "ttft_ms": ttft[min(ttft)],
-        **{f"ttft_ms@{tokens}": value for tokens, value in ttft.items()},
-        "ram_mb": measured.peak_rss_bytes / _MEGA,
-        "file_mb": measured.file_bytes / _MEGA,
-    }
+    return model.predict(candidate).figures if measured is None else profile.figures(measured)
 
 
 def unmeasured(budgets: Sequence[Budget], profile: Profile) -> list[str]:

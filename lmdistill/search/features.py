@@ -14,6 +14,16 @@ _MEGA = 1e6
 _SUPER_BLOCK = 256  # weights; where rows are no multiple of it, the head takes a larger type
 _MICRO_BATCH = 512  # tokens that llama.cpp evaluates at once
 _KV_BYTES = 2 * 2  # a key and a value of 16 bits
+DECODE_KINDS = (  # what `decode` counts, in its order
+    "tokens",
+    "layers of attention",
+    "layers of convolution",
+    "M weights of attention",
+    "M weights of convolution",
+    "M weights of MLPs",
+    "M weights of a head with rows of 256",
+    "M weights of a head with other rows",
+)
 
 
 def _attention_weights(candidate: Candidate) -> int:

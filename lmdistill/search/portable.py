@@ -36,7 +36,16 @@ _MODULES = (
     "search/random_gguf",
     "students/parameters",
 )
-_MAIN = "import sys\n\nfrom lmdistill.search.device_program import main\n\nsys.exit(main())\n"
+_MAIN = """\
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("error: this needs Python 3.11 or newer, and runs in %s" % sys.version.split()[0])
+
+from lmdistill.search.device_program import main
+
+sys.exit(main())
+"""
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same bytes whenever it is packed
 
 

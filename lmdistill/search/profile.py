@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,8 @@ from lmdistill.search.candidate import Candidate
 
 VERSION = 1
 DECODE = "decode"
+_MEGA = 1e6
+_AGAIN = "take the file as it was written, or make it again with `lmdistill profile-device`"
 
 
 def prefill_task(tokens: int) -> str:
@@ -70,12 +73,14 @@ class Request:
     @staticmethod
     def read(path: Path) -> Request:
         """The request in a file; raises IntegrityError where it is none."""
-        data = _read(path, "profile request", ("plan", "reference", "candidates"))
-        return Request(
-            TimingPlan.from_json(data["plan"]),
-            Candidate.from_json(data["reference"]),
-            tuple(Candidate.from_json(each) for each in data["candidates"]),
-        )
+        what = "profile request"
+        data = _read(path, what, ("plan", "reference", "candidates"))
+        with _damage_named(path, what):
+            return Request(
+                TimingPlan.from_json(data["plan"]),
+                Candidate.from_json(data["reference"]),
+                tuple(Candidate.from_json(each) for each in data["candidates"]),
+            )
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,17 @@ class Profile:
         """A candidate's time for a task, as it would be at the reference's median speed over the whole profile."""
         return measured.ratio(task) * self._reference_seconds[task]
 
+    def figures(self, measured: Measured) -> dict[str, float]:
+        """What budgets bound, as measured at that speed; `ttft_ms` alone is that of the shortest prompt."""
+        ttft_ms = {tokens: self.seconds(measured, prefill_task(tokens)) * 1e3 for tokens in self.plan.prompts}
+        return {
+            "decode_tps": self.plan.decode / self.seconds(measured, DECODE),
+            "ttft_ms": ttft_ms[min(ttft_ms)],
+            **{f"ttft_ms@{tokens}": value for tokens, value in ttft_ms.items()},
+            "ram_mb": measured.peak_rss_bytes / _MEGA,
+            "file_mb": measured.file_bytes / _MEGA,
+        }
+
     def add(self, measured: Iterable[Measured]) -> None:
         """Take in more candidates."""
         self.measured.update({each.candidate.shape_digest: each for each in measured})
@@ -144,12 +160,26 @@ class Profile:
     @staticmethod
     def read(path: Path) -> Profile:
         """The profile in a file; raises IntegrityError where it is none."""
-        data = _read(path, "device profile", ("plan", "reference", "device", "measured"))
-        profile = Profile(TimingPlan.from_json(data["plan"]), Candidate.from_json(data["reference"]), data["device"])
-        profile.add(
-            Measured(**{**each, "candidate": Candidate.from_json(each["candidate"])}) for each in data["measured"]
-        )
+        what = "device profile"
+        data = _read(path, what, ("plan", "reference", "device", "measured"))
+        with _damage_named(path, what):
+            plan = TimingPlan.from_json(data["plan"])
+            profile = Profile(plan, Candidate.from_json(data["reference"]), data["device"])
+            profile.add(map(Measured.from_json, data["measured"]))
+            for each in profile.measured.values():
+                profile.figures(each)  # every task has its times, of candidate and reference alike
         return profile
+
+
+@contextmanager
+def _damage_named(path: Path, what: str) -> Iterator[None]:
+    """What is wrong inside a file that somebody sent, or edited, as one message."""
+    try:
+        yield
+    except IntegrityError as error:
+        raise IntegrityError(f"{path} is a damaged {what}", why=error.why or error.what, fix=_AGAIN) from error
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"{path} is a damaged {what}", why=repr(error), fix=_AGAIN) from error
 
 
 def _read(path: Path, what: str, keys: Sequence[str]) -> dict[str, Any]:

@@ -1,17 +1,24 @@
-"""What another device's profile tells of a search before it runs: a wrong format, untimed prompts, hopeless budgets."""
+"""What a device's profile tells of a search before it runs.
+
+A wrong format, prompts or work that were not timed, budgets that no candidate can keep.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lmdistill.errors import LmdistillError, PreflightError
+from lmdistill.search import features
 from lmdistill.search.feasible import infeasible, teacher_figures, unmeasured
 from lmdistill.search.keys import DeviceSearchConfig
 from lmdistill.search.latency import LEAST, LatencyModel
 from lmdistill.search.on_device import read_for, request_for
 from lmdistill.search.profile import Profile
 from lmdistill.search.space import Space
-from lmdistill.search.sub_space import sub_spaces
+from lmdistill.search.sub_space import SubSpace, sub_spaces
+
+BEYOND = 2.0  # times the most of a kind of work that was timed: paces are trusted as far
 
 
 def profile_problems(config: DeviceSearchConfig, space: Space) -> list[LmdistillError]:
@@ -22,7 +29,7 @@ def profile_problems(config: DeviceSearchConfig, space: Space) -> list[Lmdistill
     if not isinstance(config.device, Path):
         return _too_few(config, space)
     try:
-        return _problems(config, space, read_for(config.device, config.timing))
+        return problems_of(read_for(config.device, config.timing), config, space)
     except LmdistillError as error:
         return [error]
 
@@ -35,12 +42,30 @@ def _too_few(config: DeviceSearchConfig, space: Space) -> list[LmdistillError]:
     return [PreflightError(what, fix=f"widen a range of `space`, so that at least {LEAST} unlike shapes can be timed")]
 
 
-def _problems(config: DeviceSearchConfig, space: Space, profile: Profile) -> list[LmdistillError]:
-    """Budgets that the profile cannot judge, or that no candidate of any sub-space can keep."""
+def problems_of(profile: Profile, config: DeviceSearchConfig, space: Space) -> list[LmdistillError]:
+    """Work and budgets that the profile cannot judge, or budgets that no candidate of any sub-space can keep."""
     if untimed := unmeasured(config.bounds, profile):
         fix = "take a prompt that it has, or profile the device again with this one in timing.prompts"
         return [PreflightError(text, fix=fix) for text in untimed]
     model = LatencyModel.fit(profile)
     subs = sub_spaces(space, model.decode_seconds)
+    if beyond := _untimed_work(subs, profile):
+        what = f"the profile is of unlike students: {beyond}"
+        return [PreflightError(what, fix="profile the device again with this recipe: `lmdistill profile-device`")]
     hopeless = infeasible(config.bounds, subs, model, teacher_figures(profile, model, space.teacher))
     return [] if hopeless is None else [hopeless]
+
+
+def _untimed_work(subs: Sequence[SubSpace], profile: Profile) -> str:
+    """A kind of work of which a candidate has far more than any shape that was timed; nothing where there is none.
+
+    What was not there when the paces were fitted would cost nothing, and be chosen for that.
+    """
+    timed = [features.decode(one.candidate) for one in profile.measured.values()]
+    asked = [features.decode(candidate) for sub in subs for candidate in sub.one_of_each_shape()]
+    for kind, most, wanted in zip(
+        features.DECODE_KINDS, zip(*timed, strict=True), zip(*asked, strict=True), strict=True
+    ):
+        if max(wanted) > BEYOND * max(most):
+            return f"it timed {max(most):.3g} {kind} at most, candidates have up to {max(wanted):.3g}"
+    return ""

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmdistill.intermediate.heads import positions_of
-from lmdistill.intermediate.keys import IntermediateKeys
 from lmdistill.intermediate.registry import Site, entry
 from lmdistill.intermediate.taps import Taps, attention_blocks
 from lmdistill.intermediate.terms import sides
@@ -32,9 +31,7 @@ class Relations:
         from lmdistill.training.live_teacher import open_live
 
         self._weight = keys.weight
-        self._keys = IntermediateKeys(
-            loss=keys.loss, relations=keys.relations, relation_heads=keys.relation_heads, live=True
-        )
+        self._keys = keys.as_intermediate
         self._engine = open_live(teacher, teacher.path, precision, device, isolate)
         self._sites = [Site(letter, max(attention_blocks(self._engine.model))) for letter in keys.relations]
         self._taps = Taps(self._engine.model, self._sites)

@@ -93,7 +93,9 @@ def train_supernet(
 
     done, log = place.work / TRAINED, place.work / LOG
     if not log.exists():
-        bind(place.work, {"signals": reader.digest, "held_out": reader.held_out, "search": place.student_digest})
+        place.ranks.meet(place.device)
+        if place.ranks.first:
+            bind(place.work, {"signals": reader.digest, "held_out": reader.held_out, "search": place.student_digest})
         trainer = _trainer(net, choose, reader, config, place, progress)
         net.prepare_with(_prepared(trainer.phases, reader, config, place, relations))
         trainer.train_from(place.ranks.first_then_all(lambda: last_checkpoint(place.work)))

@@ -22,7 +22,7 @@ class Device(Protocol):
     """What candidates cost on the device that they are for."""
 
     def figures(self, candidate: Candidate) -> Mapping[str, float]:
-        """decode_ms, ttft_ms, rss_bytes and file_bytes, all the less the better, and decode_tps."""
+        """decode_ms, ttft_ms, ram_mb and file_mb, all the less the better, and decode_tps."""
 
     def excess(self, candidate: Candidate) -> Mapping[str, float]:
         """By how much of itself each budget is exceeded, by its name: not above zero where it is kept."""
@@ -70,8 +70,7 @@ class Scores:
 
     def __init__(self, loss_of: Callable[[Candidate], dict[str, float]], device: Device, file: Path) -> None:
         self._loss_of, self._device, self._file = loss_of, device, file
-        lines = file.read_text().splitlines() if file.exists() else []
-        self._losses: dict[str, dict[str, float]] = dict(map(_parsed, filter(_whole, lines)))
+        self._losses: dict[str, dict[str, float]] = dict(map(_parsed, _whole_lines(file)))
         self.new = 0  # scored since this was made
 
     def of(self, candidate: Candidate) -> Scored:
@@ -95,6 +94,12 @@ def _parsed(line: str) -> tuple[str, dict[str, float]]:
     return digest, loss
 
 
-def _whole(line: str) -> bool:
-    """Whether a line was written to its end before the process was stopped."""
-    return line.endswith("}]")
+def _whole_lines(file: Path) -> list[str]:
+    """Lines that were written to their ends. What a stopped process left of one is cut off: the next would join it."""
+    if not file.exists():
+        return []
+    text = file.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        os.truncate(file, len(whole))
+    return whole.decode("utf-8").splitlines()

@@ -111,6 +111,7 @@ class DistillStage(Stage[DistillConfig]):
         per_layer = 34 * shape["hidden_size"] + 6 * shape["intermediate_size"]
         activations = 2 * rows * length * shape["num_hidden_layers"] * per_layer
         logits = 12 * ctx.config.chunk * teacher["vocab_size"]
+        at_most = "" if ctx.ancestor("student") else "at most "  # a search chooses it
         operations, memory = _live_load(ctx, teacher, rows * length)
         if ctx.config.quantize:
             operations += 2 * parameters if ctx.config.self_teacher else 0
@@ -119,7 +120,7 @@ class DistillStage(Stage[DistillConfig]):
             (6 * parameters + operations) * ctx.config.tokens_seen / CPU_FLOPS,
             2 * 12 * parameters + 4 * parameters,
             16 * parameters + activations + logits + memory,
-            f"{parameters / 1e6:,.0f} M parameters; time on two CPU cores",
+            f"{at_most}{parameters / 1e6:,.0f} M parameters; time on two CPU cores",
         )
 
     def run(self, ctx: StageContext[DistillConfig]) -> dict[str, Any]:

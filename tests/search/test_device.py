@@ -161,6 +161,9 @@ def test_a_request_that_is_none_is_one_message(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "r.json").write_text("{}")
     assert main([str(tmp_path / "r.json")]) == 2
     assert "is no profile request" in capsys.readouterr().err
+    (tmp_path / "r.json").write_text(json.dumps({**request(2).to_json(), "candidates": [{"layers": 3}]}))
+    assert main([str(tmp_path / "r.json")]) == 2
+    assert "is a damaged profile request" in capsys.readouterr().err
 
 
 def test_the_script_has_the_same_bytes_whenever_it_is_written(tmp_path: Path) -> None:

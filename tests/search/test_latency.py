@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -93,6 +95,27 @@ def test_a_few_measurements_are_too_few() -> None:
 def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(IntegrityError, match=said):
+        Profile.read(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data["plan"].pop("prompts"),
+        lambda data: data["plan"].update(colour="blue"),
+        lambda data: data["measured"][3].pop("seconds"),
+        lambda data: data["measured"][3]["seconds"].pop(DECODE),
+        lambda data: data["measured"][3]["reference"][DECODE].pop(),
+        lambda data: data["measured"][3]["reference"].update({DECODE: [0.0] * 5}),
+        lambda data: data["measured"][3]["candidate"].pop("heads"),
+        lambda data: data.update(measured=[1]),
+    ],
+)
+def test_a_profile_damaged_on_its_way_is_refused(tmp_path: Path, spoil: Callable[[Any], None]) -> None:
+    data = known_profile(FITTED, SUB.largest()).to_json()
+    spoil(data)
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    with pytest.raises(IntegrityError, match=r"p\.json is a damaged device profile"):
         Profile.read(tmp_path / "p.json")
 
 

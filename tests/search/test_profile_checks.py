@@ -12,6 +12,7 @@ from toys.search_shapes import known_profile, toy_space, toy_whole
 from lmdistill.search.design import spread_out
 from lmdistill.search.keys import DeviceSearchConfig
 from lmdistill.search.profile_checks import profile_problems
+from lmdistill.search.sub_space import whole
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,15 @@ def test_a_missing_or_foreign_profile_is_said(profile: str, tmp_path: Path) -> N
     assert "in q4_0, timing.format is q8_0" in text
     (text,) = said(device=profile, timing={"prompts": [512, 4096]}, budgets=["ttft_ms@4096 <= 9"])
     assert "the profile has prompts of 512, 1024 tokens" in text
+
+
+def test_a_profile_of_students_that_do_other_work_is_refused(tmp_path: Path) -> None:
+    """Convolutions that were never timed would cost nothing, and be chosen for it."""
+    path, attending = tmp_path / "llama.json", whole(toy_space(operators=["attention"], attention_layers=None))
+    path.write_text(json.dumps(known_profile(spread_out(attending, 20, 0), attending.largest()).to_json()))
+    (text,) = said(device=str(path))
+    assert "timed 0 layers of convolution at most, candidates have up to 5" in text and "profile-device" in text
+    assert said(device=str(path), space={"operators": ["attention"], "attention_layers": None}) == []
 
 
 def test_a_space_with_too_few_shapes_to_time_here_is_said() -> None:

@@ -72,9 +72,14 @@ def test_this_machine_is_timed_into_a_profile(recipe: Path, tmp_path: Path, monk
         return profile
 
     monkeypatch.setattr(device, "run", timed)
-    shown = run(str(recipe), "--out", str(tmp_path / "here.json"))
+    out = ("--out", str(tmp_path / "here.json"))
+    shown = run(str(recipe), *out)
     assert "13 shapes on toy" in shown and "decode: nine of ten" in shown
     assert len(Profile.read(tmp_path / "here.json").measured) == 13
+    recipe.write_text(recipe.read_text() + "    budgets: [decode_tps >= 2]\n")
+    assert "decode_tps >= 2: some student of the space is foretold to keep that" in run(str(recipe), *out)
+    with pytest.raises(PreflightError, match="no candidate of the space keeps the budgets 'decode_tps >= 9000'"):
+        run(str(recipe), *out, "--set", "stages.searching.budgets=[decode_tps >= 9000]")
 
 
 def test_a_recipe_that_does_not_search_or_cannot_is_refused(recipe: Path) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,15 +14,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from sandwich_process import train
 from supernet_toys import BLOCKS, KEYS
 
+from lmdistill.pipeline.jobs import artefact_to_json
 from lmdistill.pipeline.stage import Artefact, ModelRef, SilentProgress, StageContext
 from lmdistill.search import run
 from lmdistill.search.candidate import Candidate
 from lmdistill.search.heldout import TrainingRows
 from lmdistill.search.ranking import Ranking
-from lmdistill.search.sandwich import Sandwich, train_supernet
+from lmdistill.search.sandwich import TRAINED, Sandwich, train_supernet
 from lmdistill.search.space import shape_of
+from lmdistill.training.ranks import Ranks
 from lmdistill.training.run import Place
 
 RANKING = Ranking(gone=(1, 3, 0, 2), local=(2, 0, 3, 1))
@@ -88,6 +96,39 @@ def test_the_loss_of_a_step_is_the_mean_over_its_candidates(
     ]
     alone, both = losses[:2], losses[2]
     assert both == pytest.approx(sum(alone) / 2, rel=1e-3) and alone[0] != alone[1]
+
+
+def test_two_processes_train_the_same_candidates_as_one_does(
+    context: Callable[..., StageContext[Any]], profile: Path, tmp_path: Path
+) -> None:
+    """Half of a step's rows each; were a random candidate another one in either process, the weights would differ."""
+    ctx = context(tmp_path / "begun")
+    before = load_file(run.begin(ctx).initial)
+    job = {
+        "begun": str(tmp_path / "begun"),
+        "config": {**KEYS, "device": str(profile)},
+        "inputs": {role: artefact_to_json(given[0]) for role, given in ctx.inputs.items()},
+        "teacher": str(ctx.need_teacher().path),
+        "work": str(tmp_path / "two"),
+    }
+    train({**job, "work": str(tmp_path / "one")}, Ranks())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(Path(__file__).parent / "sandwich_process.py"), json.dumps(job)]
+    running = [
+        subprocess.Popen(
+            command, env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    ]
+    errors = [process.communicate(timeout=900)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
+    one, two = (load_file(tmp_path / name / TRAINED) for name in ("one", "two"))
+    assert sum(not torch.equal(one[name], before[name]) for name in one) > len(one) / 2
+    for name, tensor in one.items():  # sums of other order move a weight with hardly any gradient either way
+        apart, moved = (two[name] - tensor).abs().mean(), (tensor - before[name]).abs().mean()
+        assert apart <= 0.02 * moved, name
 
 
 def test_rows_that_are_held_out_are_never_trained_on(signals: Artefact) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from supernet_toys import BLOCKS, folder_bytes
+from safetensors.torch import load_file
+from supernet_toys import BLOCKS, KEYS, folder_bytes
 
 from lmdistill.errors import LmdistillError
-from lmdistill.pipeline.stage import StageContext
+from lmdistill.pipeline.stage import SilentProgress, StageContext
 from lmdistill.search.candidate import Candidate
 from lmdistill.stages.search import SearchStage
 
@@ -77,6 +78,57 @@ def test_pruning_tries_each_shape_once_and_trains_no_shared_weights(context: Mak
     assert len(shapes) == 4 and found["sub_spaces"][0]["curve"] == []
     assert found["finalists"][0]["rounds"] == []
     assert not list((tmp_path / "work").rglob("checkpoint-*"))
+
+
+def test_without_convolutions_the_student_is_a_llama_that_attends_throughout(context: Make, tmp_path: Path) -> None:
+    from lmdistill.checkpoints import load_model
+
+    ctx = context(tmp_path, space={**KEYS["space"], "operators": ["attention"]}, weights="tuned")
+    run(ctx)
+    student = json.loads((ctx.out / "student.json").read_text())
+    model = load_model(ctx.out / "model")
+    assert model.config.model_type == "llama" and set(student["layer_types"]) == {"full_attention"}
+    found = json.loads((ctx.out / "search.json").read_text())
+    tuned = ctx.work / "finalists" / found["winner"][:16] / f"after-{len(found['finalists'][0]['rounds'])}"
+    assert (ctx.out / "model" / "model.safetensors").read_bytes() == (tuned / "model.safetensors").read_bytes()
+
+
+def test_sub_spaces_are_searched_each_with_weights_of_its_own(context: Make, tmp_path: Path) -> None:
+    """Two bands, that meet nowhere, in one search: candidates stay in theirs, and finalists take its weights."""
+    bands = {"small": {"parameters": [0, 0.06]}, "base": {"parameters": [0.06, 1]}}
+    ctx = context(tmp_path, space={**KEYS["space"], "sub_spaces": bands}, evolution={"population": 3, "generations": 2})
+    run(ctx)
+    found = json.loads((ctx.out / "search.json").read_text())
+    assert [each["name"] for each in found["sub_spaces"]] == ["small", "base"]
+    for name, band in bands.items():
+        sizes = [one["parameters"] / 1e6 for one in found["candidates"] if one["sub_space"] == name]
+        low, high = band["parameters"]
+        assert len(sizes) == 6 and all(low <= size <= high for size in sizes)
+    trained = [load_file(ctx.work / f"sub-{name}" / "training" / "trained.safetensors") for name in bands]
+    assert not torch.equal(*(state["body.embed_tokens.weight"] for state in trained))
+    for finalist in found["finalists"]:
+        (one,) = {one["sub_space"] for one in found["candidates"] if one["digest"] == finalist["digest"]}
+        model = load_file(ctx.work / "finalists" / finalist["digest"][:16] / "inherited" / "model.safetensors")
+        width = model["model.embed_tokens.weight"].shape[1]
+        state = trained[list(bands).index(one)]["body.embed_tokens.weight"]
+        assert torch.equal(model["model.embed_tokens.weight"], state[:, :width])
+
+
+def test_a_winner_that_misses_a_budget_as_measured_is_told(
+    context: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Foretold it keeps it; the student is the same, and nobody is left in the belief that it was measured."""
+    from lmdistill.search.costs import ModelledDevice
+
+    def measure(self: ModelledDevice, candidates: Any, work: Path) -> dict[str, dict[str, float]]:
+        return {one.digest: {"decode_tps": 80.0} for one in candidates}
+
+    monkeypatch.setattr(ModelledDevice, "measure", measure)
+    told: list[str] = []
+    monkeypatch.setattr(SilentProgress, "note", lambda self, text: told.append(text))
+    keys = {"method": "prune", "finalists": {"count": 1, "fit_steps": 0}}
+    run(context(tmp_path, **keys, budgets=["decode_tps >= 100"]))
+    assert "as measured the student misses `decode_tps >= 100` by 20.0%; foretold, it keeps it" in told
 
 
 def test_budgets_that_nothing_keeps_are_refused_before_anything_is_trained(context: Make, tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""What is said of a search before anything runs: names, rows, relation heads, the space."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from supernet_toys import KEYS, SHAPE, save_teacher
+
+from lmdistill.corpus.config import CorpusConfig
+from lmdistill.pipeline.stage import ModelRef, Planned, PreflightContext
+from lmdistill.search.config import SearchConfig
+from lmdistill.search.space import Space
+from lmdistill.search.sub_space import whole
+from lmdistill.stages.distill import DistillStage
+from lmdistill.stages.search import SearchStage
+from lmdistill.stages.teach import TeachConfig
+from lmdistill.training.config import DistillConfig
+
+
+def said(teacher: ModelRef, profile: Path, teach: dict[str, Any] | None = None, **keys: Any) -> list[str]:
+    config = SearchConfig.model_validate({**KEYS, "device": str(profile), **keys})
+    sources = [{"source": "text.txt"}]
+    corpus = CorpusConfig.model_validate({"sources": sources, "sequence_length": 24, "train_tokens": 24 * 16})
+    inputs = {
+        "corpus": [Planned("corpus", "corpus", "corpus", "c" * 64, corpus)],
+        "signals": [Planned("teach", "teach", "signals", "e" * 64, TeachConfig.model_validate(teach or {}))],
+    }
+    ctx = PreflightContext("search", config, inputs, teacher, profile.parent)
+    return [problem.render() for problem in SearchStage().preflight(ctx)]
+
+
+def test_a_search_that_can_work_has_no_problem(teacher: ModelRef, profile: Path) -> None:
+    assert said(teacher, profile, supernet={"relations": {"relation_heads": 4}}) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        ({"method": "supernets"}, "no method of search is called 'supernets'; did you mean 'supernet'?"),
+        ({"training": {"loss": "decoupled_topkk"}}, "did you mean 'decoupled_topk'?"),
+        ({"training": {"loss": "full_kl"}}, "does not learn from a cache"),
+        ({"training": {"loss": "none"}}, "does not learn from a cache"),
+        ({"heldout_rows": 16}, "heldout_rows 16 leaves none of 16 rows"),
+        ({"supernet": {"relations": {"relation_heads": 3}}}, "3 relation heads do not divide"),
+        ({"space": {"vocabularies": [32]}}, "drop `vocabularies`"),
+        ({"space": {"hidden_sizes": [40, 64]}}, "hidden_sizes: no candidate can have 40"),
+        ({"space": {"depth": [2, 9]}}, "more than the teacher's 4"),
+        ({"budgets": ["decode >= 900x teacher"]}, "the nearest point is decode_tps"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_cannot_work_is_one_message(teacher: ModelRef, profile: Path, keys: dict[str, Any], what: str) -> None:
+    (text,) = said(teacher, profile, **keys)
+    assert what in text and "do:" in text
+
+
+def test_a_cache_of_drawn_ids_is_refused(teacher: ModelRef, profile: Path) -> None:
+    (text,) = said(teacher, profile, teach={"variant": "sampled"})
+    assert "ranks students on the teacher's top K, and 'teach' draws ids" in text
+
+
+def test_a_teacher_with_a_head_of_its_own_is_refused(profile: Path, tmp_path: Path) -> None:
+    untied = save_teacher(tmp_path, tie_word_embeddings=False)
+    assert any("tied" in text for text in said(untied, profile))
+
+
+def test_what_comes_after_a_search_is_estimated_for_the_largest_student(teacher: ModelRef, tmp_path: Path) -> None:
+    config = SearchConfig.model_validate(KEYS)
+    searched = Planned("search", "search", "student", "s" * 64, config)
+    ctx = PreflightContext("distill", DistillConfig(tokens=1000), {"student": [searched]}, teacher, tmp_path)
+    space = Space(config.space, SHAPE, config.timing.format)
+    most = max(candidate.parameters for candidate in whole(space).one_of_each_shape())
+    estimate = DistillStage().estimate(ctx)
+    assert estimate.note.startswith("at most") and estimate.disk_bytes == 28 * most
