@@ -283,6 +283,9 @@ def _arguments(config: DistillConfig, place: Place, batches: Batches) -> Any:
     from transformers import TrainingArguments
 
     keys = argument_keys(config, place, batches.steps, batches.micro, batches.accumulated)
+    if config.schedule == "warmup_stable_decay":
+        decaying = max(1, round(config.decay * batches.steps))
+        keys["lr_scheduler_kwargs"] = {"num_decay_steps": decaying, "decay_type": "linear"}
     # Block-local losses leave some weights without a gradient.
     return TrainingArguments(**keys, seed=config.seed, ddp_find_unused_parameters=bool(config.intermediate))
 
