@@ -11,6 +11,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -106,6 +107,31 @@ def seen_weight(module: Any) -> torch.Tensor:
     return weight
 
 
+class _SeenHead:
+    """A head for those who multiply with its `weight` themselves, as TRL's trainers do: it has points.
+
+    Made anew for each forward pass, in which they are found once.
+    """
+
+    def __init__(self, head: Any) -> None:
+        self._head = head
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """As the head's own forward sees it."""
+        return seen_weight(self._head)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._head, name)
+
+    def __call__(self, *args: Any, **keys: Any) -> Any:
+        return self._head(*args, **keys)
+
+
+def _output_embeddings(self: Any) -> Any:
+    return _SeenHead(type(self).get_output_embeddings(self))
+
+
 @dataclass
 class OnGrids:
     """The handle of a model on grids; `model.lies_on` is it, until `settle`."""
@@ -131,6 +157,12 @@ class OnGrids:
                 fix="leave it out with `quantize.keep`",
             )
         self.model.__dict__[HANDLE] = self
+        if any(module is self._head() for module in self._modules):
+            self.model.get_output_embeddings = types.MethodType(_output_embeddings, self.model)
+
+    def _head(self) -> Any:
+        """The module that a causal LM's logits come from; None for other models."""
+        return self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
 
     def _attach(self, module: Any, name: str, grid: Grid) -> None:
         weight = module.weight
@@ -177,6 +209,7 @@ class OnGrids:
         for seen in self._seen.values():
             for name in seen.names:
                 delattr(seen.owner, PREFIX + name)
+        self.model.__dict__.pop("get_output_embeddings", None)
         del self.model.__dict__[HANDLE]
         return self.plan.placement.with_scales(scales)
 

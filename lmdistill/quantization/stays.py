@@ -40,12 +40,11 @@ class StaysOnGrids(TrainerCallback):  # type: ignore[misc]
                 f"the checkpoint {self.folder} lies on a grid, and an adapter merged into it would not",
                 fix="train its weights, or adapt the checkpoint in full precision and quantize after that",
             )
-        key = _past_the_head(args)
-        if key and getattr(self.model.get_submodule(_HEAD), "seen", None) is not None:
+        if _past_the_head(args) and "seen" in self.model.get_submodule(_HEAD).__dict__:
             raise PreflightError(
-                f"`{key}` reads the head's weights past its forward, where they are not yet on their grid",
+                "`use_liger_kernel` reads the head's weights past its forward, where they are not yet on their grid",
                 why=f"the head of {self.folder} lies on one, and the loss would be that of another model",
-                fix=f"leave `{key}` out",
+                fix='set `liger_kernel_config={"fused_linear_cross_entropy": False}`',
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -62,10 +61,7 @@ class StaysOnGrids(TrainerCallback):  # type: ignore[misc]
             self.placement.save(target)
 
 
-def _past_the_head(args: Any) -> str | None:
-    """The trainer's key whose loss takes the head's weight as it is, not what its forward makes of it."""
-    if getattr(args, "use_liger_kernel", False):
-        return "use_liger_kernel"
-    loss = getattr(args, "loss_type", None)
-    chunked = "chunked" in loss if isinstance(loss, str) else False
-    return f"loss_type: {loss}" if chunked else None
+def _past_the_head(args: Any) -> bool:
+    """Whether Liger's loss takes the head's weight itself (TRL's trainers switch that off)."""
+    kernels = getattr(args, "liger_kernel_config", None) or {}
+    return bool(getattr(args, "use_liger_kernel", False)) and kernels.get("fused_linear_cross_entropy", True)

@@ -92,7 +92,7 @@ def _prepared(config: DistillConfig, place: Place, reader: Reader) -> Any:
 
     refuse_converted(place.student, config)
     student = load_model(place.student, device=place.device)
-    put_student(student, place.student, config.quantize, reader)
+    put_student(student, place, config.quantize, reader)
     optimizer.freeze(student, list(config.freeze))
     if config.compile:
         compile_blocks(student)

@@ -109,9 +109,13 @@ def test_the_first_loss_is_that_of_the_points(on_grid: Path, tmp_path: Path) -> 
 def test_what_would_train_other_weights_than_are_saved_is_refused(on_grid: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
+    from transformers import TrainingArguments
+
     model = load_model(on_grid)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    arguments.use_liger_kernel = True  # set afterwards: the package itself is not needed to be refused
     with pytest.raises(PreflightError, match="reads the head's weights past its forward"):
-        _sft(model, on_grid, tmp_path / "work", loss_type="chunked_nll")
+        StaysOnGrids(model, on_grid).on_init_end(arguments, None, None)
     adapted = load_model(on_grid)
     stays = StaysOnGrids(adapted, on_grid)
     with pytest.raises(PreflightError, match="an adapter merged into it would not"):
