@@ -11,7 +11,6 @@ from typing import Any
 
 from grids.parent import Figures, Parent, Piece
 from grids.ways import IMATRIX_TOKENS, Way
-
 from lmdistill.checkpoints import load_model
 from lmdistill.deployment.formats import FORMATS
 from lmdistill.deployment.gguf_writer import write_gguf

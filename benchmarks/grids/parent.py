@@ -16,7 +16,6 @@ from typing import Any
 
 from grids.text import captured
 from grids.ways import CACHE, IMATRIX_TOKENS, Way
-
 from lmdistill.corpus.format import CorpusReader
 from lmdistill.evaluation.heldout import HeldOut, read_heldout
 from lmdistill.evaluation.references import Reference, ReferenceWriter
@@ -74,7 +73,9 @@ class Parent:
 
     def __post_init__(self) -> None:
         """Bind the figures to this model and text; IntegrityError where they are of others."""
-        bind(self.work, {"model": self.digest, "text": CorpusReader(self.corpus).digest("train"), "heldout": self.split})
+        bind(
+            self.work, {"model": self.digest, "text": CorpusReader(self.corpus).digest("train"), "heldout": self.split}
+        )
 
     @cached_property
     def digest(self) -> str:

@@ -35,7 +35,12 @@ def captured(corpus: Path, parent: ModelRef, keys: dict[str, Any], folder: Path,
 
 
 def _staged(
-    name: str, keys: dict[str, Any], inputs: dict[str, list[Artefact]], teacher: ModelRef, folder: Path, progress: Progress
+    name: str,
+    keys: dict[str, Any],
+    inputs: dict[str, list[Artefact]],
+    teacher: ModelRef,
+    folder: Path,
+    progress: Progress,
 ) -> Path:
     """What a stage makes, in `folder`/out; there only when it is whole and verified."""
     out, unfinished = folder / "out", folder / "unfinished"

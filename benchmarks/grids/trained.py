@@ -16,7 +16,6 @@ from typing import Any
 
 from grids.parent import Figures, Parent, Piece
 from grids.ways import Way, level_steps
-
 from lmdistill.checkpoints import load_model
 from lmdistill.deployment.formats import FORMATS
 from lmdistill.deployment.packed_gguf import verify_packed, write_packed_gguf

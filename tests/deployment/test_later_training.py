@@ -96,19 +96,24 @@ def test_trl_leaves_a_model_on_its_grid_and_its_file_has_those_weights(
     assert verify_packed(target, tmp_path / "out") == len(lies.grids)
 
 
-def test_the_first_loss_is_that_of_the_points(on_grid: Path, tmp_path: Path) -> None:
-    """What SFT starts from is the model in the file, and what it logs is of points all the way."""
-    trainer, _ = _sft(load_model(on_grid), on_grid, tmp_path / "work", max_steps=1)
-    plain = load_model(on_grid)
+def test_trl_multiplies_with_the_heads_points_too(on_grid: Path, tmp_path: Path) -> None:
+    """TRL's trainers take the head's weight past its forward: off their points, the two would have other losses."""
+    trainer, stays = _sft(load_model(on_grid), on_grid, tmp_path / "work", max_steps=1)
+    head = trainer.model.lm_head
+    with torch.no_grad():
+        head.weight.add_(0.02 * torch.randn_like(head.weight))
     batch = next(iter(trainer.get_train_dataloader()))
-    expected = plain(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
+    with torch.no_grad():
+        expected = trainer.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
+        with stays.handle.off():
+            off = trainer.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert off != pytest.approx(expected, rel=1e-4)
 
 
 def test_what_would_train_other_weights_than_are_saved_is_refused(on_grid: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
-
     from transformers import TrainingArguments
 
     model = load_model(on_grid)
