@@ -47,6 +47,7 @@ def run(world: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(quantize, "_parents", parents)
     monkeypatch.setitem(ways.CACHE, "k", 8)
+    monkeypatch.setattr(ways, "WARMUP_STEPS", 1)
     quick = {"training": ways.TRAINING | {"precision": "float32"}, "rows": 4}
     for name, way in quantize.WAYS.items():
         monkeypatch.setitem(quantize.WAYS, name, replace(way, **quick))
