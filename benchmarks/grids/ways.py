@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lmdistill.quantization.keys import QuantizeKeys
+from lmdistill.training.config import DistillConfig
 
 IMATRIX_TOKENS = 16_384
-TRAINING: dict[str, Any] = {"loss": "full_kl", "kd_weight": 1.0, "batch_rows": 4, "lr": 3e-4, "checkpoint_steps": 10}
-SHIPPED: dict[str, Any] = {"start": "compensated", "scales": "learned", "self_teacher": "frozen"}
+START_TOKENS = 8_192  # that inputs are measured on before training
+ROW_TOKENS = 128  # of the text that is trained on
+WARMUP_STEPS, DECAY, CALM_STEPS = 5, 0.2, 10  # a training: up, level, and down in its last fifth; a line of the log
+SECONDS_A_WEIGHT, SECONDS_A_TOKEN = 5e-9, 3e-11  # of a step, measured
+CACHE: dict[str, Any] = {"k": 1024, "precision": "float32"}  # what the parent says of that text, once for all ways
+TRAINING: dict[str, Any] = {
+    "loss": "decoupled_topk",
+    "kd_weight": 1.0,
+    "lr": 3e-4,
+    "schedule": "warmup_stable_decay",
+    "decay": DECAY,
+    "freeze": ["model.embed_tokens.*"],
+}
+SHIPPED: dict[str, Any] = {"start": "compensated", "start_tokens": START_TOKENS, "scales": "learned"}
 
 
 @dataclass(frozen=True)
@@ -19,8 +34,8 @@ class Way:
     name: str
     preset: str  # `quantize.grid`
     keys: dict[str, Any]
+    rows: int = 1  # of text in a step
     training: dict[str, Any] = field(default_factory=lambda: TRAINING)
-    step_tokens: int = 1024
 
     @property
     def quantize(self) -> QuantizeKeys:
@@ -30,27 +45,50 @@ class Way:
     @property
     def untrained(self) -> dict[str, QuantizeKeys]:
         """The parent on the grid as it is, and with scales fitted to the inputs' mean squares."""
-        bare = {key: value for key, value in self.keys.items() if key not in ("start", "scales", "self_teacher")}
+        bare = {key: value for key, value in self.keys.items() if key not in ("start", "scales")}
         if self.preset == "points":
             return {"ptq": QuantizeKeys.model_validate(bare | {"scales": "fixed"})}
         weighted = QuantizeKeys.model_validate(bare | {"start": "weighted", "scales": "fixed"})
         return {"ptq": QuantizeKeys.model_validate(bare), "ptq_imatrix": weighted}
 
+    def step_seconds(self, weights: int) -> float:
+        """About how long a step takes on two quiet cores: so much a weight, and so much a weight and token."""
+        return weights * (SECONDS_A_WEIGHT + SECONDS_A_TOKEN * self.rows * ROW_TOKENS)
 
-def _shipped(name: str, preset: str) -> Way:
-    return Way(name, preset, {"grid": preset, **SHIPPED})
+    def config(self, steps: int, counts: Sequence[int], row_tokens: int = ROW_TOKENS) -> DistillConfig:
+        """A training of so many steps; those of all `counts` are the same up to where each goes down."""
+        every = math.gcd(*(level_steps(count) for count in counts)) or 1
+        keys = {
+            "tokens": steps * self.rows * row_tokens,
+            "batch_rows": self.rows,
+            "warmup": min(0.5, WARMUP_STEPS / steps),
+            "checkpoint_steps": every,
+            "log_steps": math.gcd(every, CALM_STEPS),
+            "quantize": self.keys,
+        }
+        return DistillConfig.model_validate(self.training | keys)
+
+
+def level_steps(count: int) -> int:
+    """After how many of `count` steps a training goes down: up to there it is that of any larger count."""
+    return count - max(1, round(DECAY * count))
+
+
+def _shipped(name: str, preset: str, rows: int, **training: Any) -> Way:
+    return Way(name, preset, {"grid": preset, **SHIPPED}, rows, TRAINING | training)
 
 
 def _narrow(name: str, grid: str, bits: int, **keys: Any) -> Way:
-    return Way(name, grid, {"grid": grid, "bits": bits, "bucket": 256, "self_teacher": "frozen", **keys})
+    return Way(name, grid, {"grid": grid, "bits": bits, "bucket": 256, **keys})
 
 
 WAYS = {
     way.name: way
     for way in (
-        _shipped("Q4_0", "q4_0"),
-        _shipped("Q8_0", "q8_0"),
-        _shipped("8da4w", "8da4w"),
+        _shipped("Q4_0", "q4_0", rows=2),
+        # so near to its parent that products in bfloat16 would be the larger error
+        _shipped("Q8_0", "q8_0", rows=1, precision="float32", lr=3e-5),
+        _shipped("8da4w", "8da4w", rows=1),
         _narrow("uniform_2bit", "uniform", 2),
         _narrow("uniform_3bit", "uniform", 3),
         _narrow("learned_points_2bit", "points", 2, scales="learned"),

@@ -7,20 +7,25 @@ from collections.abc import Iterable
 from lmdistill.errors import PreflightError
 from lmdistill.pipeline.stage import Planned
 from lmdistill.quantization.plan import PRESETS
+from lmdistill.quantization.planned import in_full_precision, lies_on
 
 
 def missing_ptq(stage: str, exports: Iterable[Planned]) -> Iterable[PreflightError]:
-    """What `exports` lack: llama.cpp's own quantisation of each trained file's parent, and that with an imatrix."""
+    """What `exports` lack: llama.cpp's own quantisation of each trained file's parent, and that with an imatrix.
+
+    The parent is the model in full precision, whatever was trained on the grid since.
+    """
     exports = list(exports)
     for export in exports:
         for model in export.inputs.get("model", ()):
-            keys = getattr(model.config, "quantize", None)
-            if keys is None or keys.grid not in PRESETS or keys.grid not in getattr(export.config, "formats", ()):
+            preset = lies_on(model)
+            if preset not in PRESETS or preset not in getattr(export.config, "formats", ()):
                 continue
-            for parent in model.inputs.get("student", ()):
+            parent = in_full_precision(model)
+            if parent is not None:
                 for imatrix in (False, True):
-                    if not any(_is_ptq(one, parent, keys.grid, imatrix) for one in exports):
-                        yield _lacks(stage, export.name, parent.name, keys.grid, imatrix)
+                    if not any(_is_ptq(one, parent, preset, imatrix) for one in exports):
+                        yield _lacks(stage, export.name, parent.name, preset, imatrix)
 
 
 def _is_ptq(export: Planned, parent: Planned, preset: str, imatrix: bool) -> bool:

@@ -22,7 +22,7 @@ import torch
 from lmdistill.errors import IntegrityError, PreflightError
 
 Scales = Mapping[str, torch.Tensor]
-_REACH = 0.501  # of a step: what is farther from its point lies beyond the grid's ends
+REACH = 0.501  # of a step: what is farther from its point lies beyond the grid's ends
 _CPU_CHUNK, _GPU_CHUNK = 2**17, 2**26  # weights at a time: what a core's cache holds; what a GPU is kept busy by
 
 
@@ -59,6 +59,11 @@ class Grid(ABC):
     @abstractmethod
     def code_bits(self) -> int:
         """Bits of a code, without what the block's scales take."""
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the same weights get the same points in every call."""
+        return True
 
     @property
     def bits_per_weight(self) -> float:
@@ -129,23 +134,39 @@ class Grid(ABC):
         zeros_NB = torch.zeros_like(points_NB)
         low_NB = self.points(zeros_NB, scales)
         step_NB = (self.points(torch.ones_like(points_NB), scales) - low_NB).detach()
-        inside_NB = (points_NB - weights_NB).abs() <= _REACH * step_NB.abs()
+        inside_NB = (points_NB - weights_NB).abs() <= REACH * step_NB.abs()
         start_NB = torch.where(inside_NB, weights_NB, low_NB.detach())
         codes_NB = torch.where(step_NB == 0, 0.0, (points_NB - start_NB) / step_NB)
         # a minimum moves the point only where the code cannot answer
         return low_NB * (~inside_NB) + (self.points(codes_NB, scales) - self.points(zeros_NB, scales))
+
+    def nearest_points(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """The points `[N, B]` nearest to the weights on the grid of `scales`."""
+        return self.points(self.nearest(blocks_NB, scales).add_(0.0), scales)
+
+    def scale_gradients(
+        self, grad_NB: torch.Tensor, weights_NB: torch.Tensor, scales: Scales, names: tuple[str, ...]
+    ) -> list[torch.Tensor]:
+        """The gradients of the scales called `names`, block by block, from that of the points."""
+        points_NB = self.nearest_points(weights_NB, scales)
+        with torch.enable_grad():
+            leaves = {name: scales[name].float().requires_grad_() for name in names}
+            answer_NB = self.answering(weights_NB, points_NB, {**scales, **leaves})
+            return list(torch.autograd.grad(answer_NB, list(leaves.values()), grad_NB))
 
     def dequantise(self, quantised: Quantised) -> torch.Tensor:
         """The float32 weights `[…, W]` that the file's runtime reads; differentiable in scales of a float dtype."""
         codes_NB = quantised.codes.reshape(-1, self.block).float()
         return self.points(codes_NB, self.by_block(quantised.scales)).view(quantised.codes.shape)
 
-    def fake_quantise(self, weights: torch.Tensor, scales: Scales | None = None) -> torch.Tensor:
+    def fake_quantise(
+        self, weights: torch.Tensor, scales: Scales | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         """`dequantise(quantise(weights, scales))`, bit for bit, with the gradient passed straight to `weights`.
 
-        In the dtype of `weights`; only float32 holds every point of every grid.
+        In the dtype of `weights`, or rounded to `dtype`; only float32 holds every point of every grid.
         """
-        result: torch.Tensor = _StraightThrough.apply(weights, self, scales)
+        result: torch.Tensor = _StraightThrough.apply(weights, self, scales, dtype)
         return result
 
     def pack(self, quantised: Quantised) -> torch.Tensor:
@@ -177,13 +198,19 @@ class Grid(ABC):
             )
         return packed
 
-    def _on_grid(self, weights: torch.Tensor, scales: Scales | None) -> torch.Tensor:
+    def _on_grid(self, weights: torch.Tensor, scales: Scales | None, dtype: torch.dtype | None) -> torch.Tensor:
         """The points that `weights` are put on, chunk by chunk into one new tensor."""
-        points = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
-        points_NB = points.view(-1, self.block)
-        stored = None if scales is None else self.stored(scales)
-        for rows, codes_NB, found in self._encoded(weights, stored):
-            points_NB[rows] = self.points(codes_NB, found)
+        self.check_width(weights.shape[-1])
+        points = torch.empty(weights.shape, dtype=dtype or weights.dtype, device=weights.device)
+        points_NB, blocks_NB = points.view(-1, self.block), weights.reshape(-1, self.block)
+        if scales is None:
+            for rows, codes_NB, found in self._encoded(weights, None):
+                points_NB[rows] = self.points(codes_NB, found)
+            return points
+        given = self.by_block(self.stored(scales))
+        for rows in self.chunks(weights):
+            own = {name: scale[rows] for name, scale in given.items()}
+            points_NB[rows] = self.nearest_points(blocks_NB[rows].float(), own)
         return points
 
     def _encoded(
@@ -227,11 +254,14 @@ class _StraightThrough(torch.autograd.Function):  # type: ignore[misc]
     """Weights to their points; the gradient as if nothing had been done."""
 
     @staticmethod
-    def forward(ctx: Any, weights: torch.Tensor, grid: Grid, scales: Scales | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, weights: torch.Tensor, grid: Grid, scales: Scales | None, dtype: torch.dtype | None
+    ) -> torch.Tensor:
         """The points in a new tensor."""
-        return grid._on_grid(weights, scales)
+        ctx.dtype = weights.dtype
+        return grid._on_grid(weights, scales, dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         """The gradient at the points, for the weights."""
-        return grad, None, None
+        return grad.to(ctx.dtype), None, None, None

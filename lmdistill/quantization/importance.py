@@ -23,12 +23,15 @@ class Moments:
     whole: bool  # keep `[D, D]` sums of products, not `[D]` sums of squares
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    _last: tuple[torch.Tensor, torch.Tensor] | None = None  # activations and their sum: several layers see the same
 
     def add(self, name: str, hidden: torch.Tensor) -> None:
         """Take in activations `[…, D]`."""
         hidden_PD = hidden.detach().flatten(0, -2).float()
-        found = hidden_PD.T @ hidden_PD if self.whole else hidden_PD.pow(2).sum(0)
-        self.sums[name] = found if name not in self.sums else self.sums[name].add_(found)
+        if self._last is None or self._last[0] is not hidden:
+            self._last = hidden, hidden_PD.T @ hidden_PD if self.whole else hidden_PD.pow(2).sum(0)
+        found = self._last[1]
+        self.sums[name] = found.clone() if name not in self.sums else self.sums[name].add_(found)
         self.tokens[name] = self.tokens.get(name, 0) + len(hidden_PD)
 
     def second(self, name: str) -> torch.Tensor:

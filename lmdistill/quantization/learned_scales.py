@@ -20,35 +20,39 @@ class _LearnedScales(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, weights: torch.Tensor, grid: Grid, fixed: Scales, names: tuple[str, ...], *learned: torch.Tensor
+        ctx: Any,
+        weights: torch.Tensor,
+        grid: Grid,
+        fixed: Scales,
+        names: tuple[str, ...],
+        dtype: torch.dtype | None,
+        *learned: torch.Tensor,
     ) -> torch.Tensor:
         """The grid's own points, with scales as its file can hold them."""
         scales = {**fixed, **dict(zip(names, learned, strict=True))}
-        points = grid.fake_quantise(weights.detach(), scales)
         ctx.grid, ctx.fixed, ctx.names = grid, fixed, names
-        ctx.save_for_backward(weights, points, *learned)
-        return points
+        ctx.save_for_backward(weights, *learned)
+        return grid.fake_quantise(weights.detach(), scales, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Straight to the weights; by parts of the blocks to the scales."""
-        weights, points, *learned = ctx.saved_tensors
+        weights, *learned = ctx.saved_tensors
         scales = {**ctx.fixed, **dict(zip(ctx.names, learned, strict=True))}
-        found = scale_gradients(ctx.grid, grad, weights, points, scales, ctx.names)
-        return (grad, None, None, None, *found)
+        found = scale_gradients(ctx.grid, grad, weights, scales, ctx.names)
+        return (grad.to(weights.dtype), None, None, None, None, *found)
 
 
 def scale_gradients(
-    grid: Grid, grad: torch.Tensor, weights: torch.Tensor, points: torch.Tensor, scales: Scales, names: tuple[str, ...]
+    grid: Grid, grad: torch.Tensor, weights: torch.Tensor, scales: Scales, names: tuple[str, ...]
 ) -> list[torch.Tensor]:
     """The gradients of the scales called `names`, in their shapes, from that of the points."""
     found: list[list[torch.Tensor]] = [[] for _ in names]
     by_block = grid.by_block(grid.stored(scales))
     for rows in grid.chunks(weights):
         own = {name: scale[rows] for name, scale in by_block.items()}
-        grad_NB, weights_NB, points_NB = (one.reshape(-1, grid.block)[rows].float() for one in (grad, weights, points))
-        parts = _of_blocks(grid, grad_NB, weights_NB, points_NB, own, names)
-        for kept, part in zip(found, parts, strict=True):
+        grad_NB, weights_NB = (one.reshape(-1, grid.block)[rows].float() for one in (grad, weights))
+        for kept, part in zip(found, grid.scale_gradients(grad_NB, weights_NB, own, names), strict=True):
             kept.append(part)
     return [_shaped(torch.cat(parts), scales[name].shape) for name, parts in zip(names, found, strict=True)]
 
@@ -58,23 +62,17 @@ def _shaped(grad: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return grad.view(shape) if grad.numel() == shape.numel() else grad.sum(0)
 
 
-def _of_blocks(
+def learned_points(
     grid: Grid,
-    grad_NB: torch.Tensor,
-    weights_NB: torch.Tensor,
-    points_NB: torch.Tensor,
-    scales: Scales,
-    names: tuple[str, ...],
-) -> list[torch.Tensor]:
-    """Those of some blocks."""
-    with torch.enable_grad():
-        leaves = {name: scales[name].float().requires_grad_() for name in names}
-        answer_NB = grid.answering(weights_NB, points_NB, {**scales, **leaves})
-        return list(torch.autograd.grad(answer_NB, list(leaves.values()), grad_NB))
+    weights: torch.Tensor,
+    learned: Scales,
+    fixed: Scales | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Points of `weights`, differentiable in them (straight through) and in the `learned` scales.
 
-
-def learned_points(grid: Grid, weights: torch.Tensor, learned: Scales, fixed: Scales | None = None) -> torch.Tensor:
-    """Points of `weights`, differentiable in them (straight through) and in the `learned` scales."""
+    In the dtype of `weights`, or rounded to `dtype`.
+    """
     names = tuple(learned)
-    result: torch.Tensor = _LearnedScales.apply(weights, grid, fixed or {}, names, *learned.values())
+    result: torch.Tensor = _LearnedScales.apply(weights, grid, fixed or {}, names, dtype, *learned.values())
     return result

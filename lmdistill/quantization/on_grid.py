@@ -11,12 +11,13 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from lmdistill.errors import LmdistillError
+from lmdistill.errors import LmdistillError, PreflightError
 from lmdistill.quantization.activations import fake_quantise_activations
 from lmdistill.quantization.grid import Grid
 from lmdistill.quantization.learned_scales import learned_points
@@ -43,13 +44,19 @@ class Seen:
     owner: torch.nn.Module  # has the scales
     names: tuple[str, ...] = ()  # of scales that do not follow the weights
     on: bool = True
+    _kept: dict[Any, torch.Tensor] = field(default_factory=dict)  # of weights that are not trained, at their version
 
     def scales(self) -> dict[str, torch.Tensor]:
         """Those that do not follow the weights; none where they do."""
         return {name: getattr(self.owner, PREFIX + name) for name in self.names}
 
-    def points(self, weights: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """The points of `weights`, or of some of its `rows` `[…]`, differentiable in weights and learned scales."""
+    def points(
+        self, weights: torch.Tensor, rows: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """The points of `weights`, or of some of its `rows` `[…]`, differentiable in weights and learned scales.
+
+        In the dtype of `weights`, or rounded to `dtype`.
+        """
         if rows is not None:
             weights = functional.embedding(rows, weights)
         if not self.on:
@@ -60,21 +67,31 @@ class Seen:
         learned = {name: scale for name, scale in scales.items() if scale.requires_grad}
         if learned:
             fixed = {name: scale for name, scale in scales.items() if name not in learned}
-            return learned_points(self.grid, weights, learned, fixed)
-        return self.grid.fake_quantise(weights, scales or None)
+            return learned_points(self.grid, weights, learned, fixed, dtype)
+        if rows is not None or weights.requires_grad or not self.grid.repeats:
+            return self.grid.fake_quantise(weights, scales or None, dtype)
+        key = (dtype, weights.data_ptr(), *(one._version for one in (weights, *scales.values())))
+        if key not in self._kept:
+            self._kept = {key: self.grid.fake_quantise(weights, scales or None, dtype)}
+        return self._kept[key]
 
 
 @torch.compiler.disable(recursive=True)  # type: ignore[untyped-decorator]
-def _points(seen: Seen, weights: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+def _points(
+    seen: Seen, weights: torch.Tensor, rows: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Out of the compiled graph: the grid goes through the weights by chunks that a core's cache holds."""
-    return seen.points(weights, rows)
+    return seen.points(weights, rows, dtype)
 
 
 def _linear(self: Any, hidden: torch.Tensor) -> torch.Tensor:
     seen: Seen = self.seen
     if seen.on and seen.grid.dynamic_activations:
         hidden = fake_quantise_activations(hidden)
-    return functional.linear(hidden, _points(seen, self.weight), self.bias)
+    kind = hidden.device.type
+    # Points leave the cache in the dtype that the product is made in, not to be read and written once more for it.
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return functional.linear(hidden, _points(seen, self.weight, None, dtype), self.bias)
 
 
 def _embedding(self: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -88,6 +105,31 @@ def seen_weight(module: Any) -> torch.Tensor:
     """The weight of a layer as its forward sees it."""
     weight: torch.Tensor = _points(module.seen, module.weight) if "seen" in module.__dict__ else module.weight
     return weight
+
+
+class _SeenHead:
+    """A head for those who multiply with its `weight` themselves, as TRL's trainers do: it has points.
+
+    Made anew for each forward pass, in which they are found once.
+    """
+
+    def __init__(self, head: Any) -> None:
+        self._head = head
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """As the head's own forward sees it."""
+        return seen_weight(self._head)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._head, name)
+
+    def __call__(self, *args: Any, **keys: Any) -> Any:
+        return self._head(*args, **keys)
+
+
+def _output_embeddings(self: Any) -> Any:
+    return _SeenHead(type(self).get_output_embeddings(self))
 
 
 @dataclass
@@ -115,6 +157,12 @@ class OnGrids:
                 fix="leave it out with `quantize.keep`",
             )
         self.model.__dict__[HANDLE] = self
+        if any(module is self._head() for module in self._modules):
+            self.model.get_output_embeddings = types.MethodType(_output_embeddings, self.model)
+
+    def _head(self) -> Any:
+        """The module that a causal LM's logits come from; None for other models."""
+        return self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
 
     def _attach(self, module: Any, name: str, grid: Grid) -> None:
         weight = module.weight
@@ -161,6 +209,7 @@ class OnGrids:
         for seen in self._seen.values():
             for name in seen.names:
                 delattr(seen.owner, PREFIX + name)
+        self.model.__dict__.pop("get_output_embeddings", None)
         del self.model.__dict__[HANDLE]
         return self.plan.placement.with_scales(scales)
 
@@ -182,7 +231,16 @@ def handle_of(model: Any) -> OnGrids | None:
 def kept_on_its_grids(model: Any, folder: Any) -> OnGrids | None:
     """Have `model`, loaded from the model folder `folder`, stay on the grids it lies on; None where there are none.
 
-    Its scales stay those of the folder.
+    Its scales stay those of the folder. Raises PreflightError where the weights are of a dtype without room for points.
     """
     placement = Placement.load(folder)
-    return None if placement is None else OnGrids(model, Plan(placement))
+    if placement is None:
+        return None
+    narrow = [name for name in placement.on_grids() if model.get_parameter(name).dtype != torch.float32]
+    if narrow:
+        raise PreflightError(
+            f"{narrow[0]} is loaded in {str(model.get_parameter(narrow[0]).dtype).removeprefix('torch.')}",
+            why=f"the model in {folder} lies on grids, and only float32 holds every point of them",
+            fix="load it with `dtype=torch.float32`; `bf16: true` of a trainer still multiplies in bfloat16",
+        )
+    return OnGrids(model, Plan(placement))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 from lmdistill.pipeline.stage import Planned
 from lmdistill.quantization.placement import FOLDER
@@ -18,4 +19,17 @@ def lies_on(model: Planned) -> str | None:
         return str(keys.grid)
     if model.kind != "model":
         return None
-    return next((lies_on(up) for role in ("student", "model") for up in model.inputs.get(role, ())), None)
+    return next((lies_on(up) for up in trained_from(model)), None)
+
+
+def trained_from(model: Planned) -> Iterator[Planned]:
+    """The model that a stage trains on, where it has one."""
+    for role in ("student", "model"):
+        yield from model.inputs.get(role, ())
+
+
+def in_full_precision(model: Planned) -> Planned | None:
+    """The model that one on a grid was before it was put there, however often it was trained since."""
+    for up in trained_from(model):
+        return up if lies_on(up) is None else in_full_precision(up)
+    return None

@@ -11,11 +11,11 @@ from typing import ClassVar
 import torch
 
 from lmdistill.quantization.arithmetic import inverse, signed_extreme
-from lmdistill.quantization.grid import Grid, Scales
+from lmdistill.quantization.one_step import OneStepGrid
 
 
 @dataclass(frozen=True)
-class SignedExtremeGrid(Grid):
+class SignedExtremeGrid(OneStepGrid):
     """Points (code − half) · d with 2 · half codes; d = extreme / −half, so that only one end has the last point."""
 
     half: ClassVar[int]
@@ -34,13 +34,3 @@ class SignedExtremeGrid(Grid):
         shift_N1 = (self.half + 0.5) * ((inverse_N1 != 0) | (d_N1 == 0))
         codes_NB = (blocks_NB * inverse_N1).add_(shift_N1).floor_().clamp_(max=2 * self.half - 1)
         return codes_NB, {"d": d_N1.squeeze(1).half()}
-
-    def nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """A scale of zero leaves only the point 0."""
-        d_N1 = scales["d"].float().unsqueeze(1)
-        steps_NB = torch.where(d_N1 == 0, 0.0, blocks_NB / d_N1)
-        return steps_NB.round_().add_(self.half).clamp_(0, 2 * self.half - 1)
-
-    def points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """One product, rounded once (exact but for overflow: 11 bits times 4 or 5)."""
-        return (codes_NB - self.half) * scales["d"].float().unsqueeze(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +18,27 @@ from lmdistill.quantization.placement import Placement
 from lmdistill.quantization.size import gradient_norms, shared_bits
 
 DEFAULT_BITS = 4
+_MOVED = "moved.safetensors"
 
 
-def put_on_grids(model: Any, keys: QuantizeKeys, placement: Placement, rows: Iterable[torch.Tensor]) -> OnGrids:
+def put_on_grids(
+    model: Any, keys: QuantizeKeys, placement: Placement, rows: Iterable[torch.Tensor], kept: Path | None = None
+) -> OnGrids:
     """Put `model` on the grids of `placement`, with the start that the keys ask for.
 
     `rows` are token ids `[R, T]` of training text, read only where inputs are measured. Scales that the placement
-    already has stay.
+    already has stay. What was found is kept in the folder `kept`, and read from there the next time.
     """
+    begun = None if kept is None else _read(model, kept)
+    if begun is None:
+        begun = _begin(model, keys, placement, rows, kept)
+    return OnGrids(model, Plan(begun, learned=keys.scales == "learned"))
+
+
+def _begin(
+    model: Any, keys: QuantizeKeys, placement: Placement, rows: Iterable[torch.Tensor], kept: Path | None
+) -> Placement:
+    """The placement with its scales; weights are moved where the start asks for it."""
     if keys.share_bits and not placement.scales:
         rows = list(rows)
         placement = _with_shared_bits(model, keys, placement, rows)
@@ -33,12 +47,38 @@ def put_on_grids(model: Any, keys: QuantizeKeys, placement: Placement, rows: Ite
         moments = measure(model, rows, whole=keys.start == "compensated")
     scales = dict(placement.scales)
     parameters = dict(model.named_parameters())
+    versions = {name: weight._version for name, weight in parameters.items()}
     for name, grid in placement.on_grids().items():
         if name not in scales and (keys.scales != "follow" or grid.searches):
             scales[name] = _scales(name, grid, parameters[name], keys, moments)
         elif name in scales and keys.scales == "follow" and not grid.searches:
             del scales[name]
-    return OnGrids(model, Plan(placement.with_scales(scales), learned=keys.scales == "learned"))
+    begun = placement.with_scales(scales)
+    if kept is not None and (scales or keys.share_bits):
+        moved = {name: weight for name, weight in parameters.items() if weight._version != versions[name]}
+        _keep(begun, moved, kept)
+    return begun
+
+
+def _keep(begun: Placement, moved: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write what training starts with; the record comes last, and without it nothing counts."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: weight.detach().cpu().contiguous() for name, weight in moved.items()}, folder / _MOVED)
+    begun.save(folder)
+
+
+def _read(model: Any, folder: Path) -> Placement | None:
+    """What was kept there, with the moved weights in the model; None where nothing was."""
+    from safetensors.torch import load_file
+
+    begun = Placement.load(folder)
+    if begun is not None:
+        with torch.no_grad():
+            for name, weight in load_file(folder / _MOVED).items():
+                model.get_parameter(name).copy_(weight)
+    return begun
 
 
 def _with_shared_bits(model: Any, keys: QuantizeKeys, placement: Placement, rows: Iterable[torch.Tensor]) -> Placement:

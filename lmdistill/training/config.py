@@ -72,8 +72,11 @@ class DistillConfig(StageConfig):
     lr_scale: Literal["relative", "absolute"] = Field(
         default="relative", description="relative suits grown students, whose tensors differ in scale"
     )
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"] = Field(
         default="cosine", description="of the step size, after warm-up"
+    )
+    decay: Annotated[float, AddedKey(), Field(gt=0, le=1)] = Field(
+        default=0.2, description="`schedule: warmup_stable_decay`: share of the steps, the last ones, to go to zero in"
     )
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, description="share of the steps to warm up in")
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="decoupled, matrices only")

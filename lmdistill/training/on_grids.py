@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
     from lmdistill.losses.registry import LiveTeacher
     from lmdistill.training.config import DistillConfig
-    from lmdistill.training.run import Reader
+    from lmdistill.training.run import Place, Reader
 
 CALIBRATION_ROWS = 4  # at once
+START = "start"  # below the work folder
 
 
 def refuse_converted(folder: Path, wanted: DistillConfig) -> None:
@@ -49,20 +50,24 @@ def refuse_converted(folder: Path, wanted: DistillConfig) -> None:
         )
 
 
-def put_student(student: Any, folder: Path, keys: QuantizeKeys | None, reader: Reader) -> None:
-    """Put the student from `folder` on the grids that the recipe wants, or keep it on those it lies on."""
+def put_student(student: Any, place: Place, keys: QuantizeKeys | None, reader: Reader) -> None:
+    """Put the student on the grids that the recipe wants, or keep it on those it lies on.
+
+    What the start took to find is kept among the checkpoints: a run that goes on does not measure again.
+    """
     from lmdistill.quantization.on_grid import kept_on_its_grids
     from lmdistill.quantization.start import put_on_grids
     from lmdistill.quantization.wanted import wanted
 
     if keys is None:
-        kept_on_its_grids(student, folder)
+        kept_on_its_grids(student, place.student)
         return
-    placement = wanted(keys, json.loads((folder / "config.json").read_text("utf-8")))
-    lain = Placement.load(folder)
+    placement = wanted(keys, json.loads((place.student / "config.json").read_text("utf-8")))
+    lain = Placement.load(place.student)
     if lain is not None:
         placement = replace(placement, grids=lain.grids, options=lain.options, scales=lain.scales)
-    handle = put_on_grids(student, keys, placement, _rows(reader, keys.start_tokens, student.device))
+    rows = _rows(reader, keys.start_tokens, student.device)
+    handle = place.ranks.first_then_all(lambda: put_on_grids(student, keys, placement, rows, place.work / START))
     for scale in handle.learned_scales():
         rms = scale.detach().float().pow(2).mean().sqrt().item()
         scale.own_lr, scale.no_decay = keys.scale_lr * (rms or 1.0), True

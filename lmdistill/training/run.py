@@ -93,7 +93,7 @@ def _prepared(config: DistillConfig, place: Place, reader: Reader) -> Any:
 
     refuse_converted(place.student, config)
     student = load_model(place.student, device=place.device)
-    put_student(student, place.student, config.quantize, reader)
+    put_student(student, place, config.quantize, reader)
     optimizer.freeze(student, list(config.freeze))
     if config.compile:
         compile_blocks(student)
@@ -284,6 +284,9 @@ def _arguments(config: DistillConfig, place: Place, batches: Batches) -> Any:
     from transformers import TrainingArguments
 
     keys = argument_keys(config, place, batches.steps, batches.micro, batches.accumulated)
+    if config.schedule == "warmup_stable_decay":
+        decaying = max(1, round(config.decay * batches.steps))
+        keys["lr_scheduler_kwargs"] = {"num_decay_steps": decaying, "decay_type": "linear"}
     # Block-local losses leave some weights without a gradient.
     return TrainingArguments(**keys, seed=config.seed, ddp_find_unused_parameters=bool(config.intermediate))
 

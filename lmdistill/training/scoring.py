@@ -40,6 +40,8 @@ def scored_rows(
     """
     import torch
 
+    from lmdistill.quantization.on_grid import seen_weight
+
     device = next(model.parameters()).device
     for start in range(0, len(rows), batch_rows):
         inputs = {name: tensor.to(device) for name, tensor in collator(rows[start : start + batch_rows]).items()}
@@ -51,5 +53,5 @@ def scored_rows(
             ).last_hidden_state
         hidden_ND = body[counts_RT].to(torch.bfloat16 if bfloat16 else body.dtype)
         lp_RT = torch.full(labels_RT.shape, torch.nan, device=device)
-        lp_RT[counts_RT] = next_log_probs(hidden_ND, model.lm_head.weight, labels_RT[counts_RT], chunk)
+        lp_RT[counts_RT] = next_log_probs(hidden_ND, seen_weight(model.lm_head), labels_RT[counts_RT], chunk)
         yield lp_RT.cpu().numpy()

@@ -14,11 +14,12 @@ import quantize
 from grids import ways
 
 from lmdistill.corpus.config import CorpusConfig, Source
+from lmdistill.errors import IntegrityError
 from lmdistill.pipeline.stage import ModelRef, Runtime, StageContext
 from lmdistill.stages import load_stage
 
 TEXT = "the {0} cat number {0} sat on the {1} mat and said {2} to the {1} dog; it is late, said the dog.\n\n"
-SMALL = ["--ways", "Q4_0", "learned_points_2bit", "--steps", "1", "2", "--learned-steps", "2", "--heldout", "96"]
+SMALL = ["--ways", "Q4_0", "learned_points_2bit", "--steps", "5", "10", "--learned-steps", "5", "--heldout", "96"]
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +43,12 @@ def run(world: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model, corpus = world
 
     def parents(arguments: Any, deadline: quantize.Deadline) -> list[quantize.Parent]:
-        return [quantize.Parent("student", model, corpus, arguments.work, arguments.heldout, deadline)]
+        return [quantize.Parent("student", model, corpus, corpus, arguments.work, arguments.heldout, deadline)]
 
     monkeypatch.setattr(quantize, "_parents", parents)
-    quick = {"training": ways.TRAINING | {"precision": "float32", "log_steps": 1}, "step_tokens": 128}
+    monkeypatch.setitem(ways.CACHE, "k", 8)
+    monkeypatch.setattr(ways, "WARMUP_STEPS", 1)
+    quick = {"training": ways.TRAINING | {"precision": "float32"}, "rows": 4}
     for name, way in quantize.WAYS.items():
         monkeypatch.setitem(quantize.WAYS, name, replace(way, **quick))
 
@@ -69,13 +72,54 @@ def test_every_figure_is_there_and_a_piece_out_of_time_goes_on(
     shipped, points = result["Q4_0"], result["learned_points_2bit"]
     assert result["by_model"]["student"] == {"Q4_0": shipped, "learned_points_2bit": points}
     assert shipped["bit_equal"] is True and points["bit_equal"] is True
-    assert set(shipped["kl_qad"]) == {"1", "2"} and set(points["kl_qad"]) == {"2"}
-    assert {"ptq", "ptq_imatrix", "start", "qad_1", "qad_2"} == set(shipped["nll"])
+    assert set(shipped["kl_qad"]) == {"5", "10"} and set(points["kl_qad"]) == {"5"}
+    assert {"parent", "ptq", "ptq_imatrix", "start", "qad_5", "qad_10"} == set(shipped["nll"])
     assert shipped["kl_start"] < shipped["kl_ptq"]
     best = min(shipped["kl_ptq"], shipped["kl_ptq_imatrix"])
-    assert shipped["recovered"] == pytest.approx(1 - shipped["kl_qad"]["2"] / best, abs=1e-4)
+    assert shipped["recovered"] == pytest.approx(1 - shipped["kl_qad"]["10"] / best, abs=1e-4)
     assert points["size"]["huffman_bits"] <= points["size"]["bits"]
     assert run() == result | {"date": run()["date"], "hardware": run()["hardware"]}  # nothing is made twice
+
+
+def test_a_count_takes_over_what_a_smaller_one_has_done_and_ends_where_it_would_alone(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stretch at one step size is trained once: the figures are those of trainings of their own, bit for bit."""
+    from lmdistill.training.trainer import DistillationTrainer
+
+    made: list[int] = []
+    plain = DistillationTrainer.training_step
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made.append(self.state.global_step)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", counted)
+    only = ("--ways", "Q4_0", "--work")
+    both = run(*only, str(tmp_path / "both"))["Q4_0"]
+    assert made == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9]
+    alone = run(*only, str(tmp_path / "alone"), "--steps", "10")["Q4_0"]
+    assert both["kl_qad"]["10"] == alone["kl_qad"]["10"] and both["nll"]["qad_10"] == alone["nll"]["qad_10"]
+
+
+def test_a_plan_says_what_is_missing(run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    run("--plan", "--ways", "Q4_0")
+    lines = capsys.readouterr().out.splitlines()
+    pieces = ["parent", "capture", "Q4_0/ptq", "Q4_0/ptq_imatrix", "Q4_0/start", "Q4_0/qad-5", "Q4_0/qad-10"]
+    assert [line.split(" | ")[1] for line in lines[2:-1]] == pieces
+    assert "min on two quiet cores" in lines[-1]
+
+
+def test_figures_of_another_model_or_way_are_refused(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("--ways", "learned_points_2bit")
+    other = replace(quantize.WAYS["learned_points_2bit"], rows=2)
+    monkeypatch.setitem(quantize.WAYS, "learned_points_2bit", other)
+    with pytest.raises(IntegrityError, match="with other rows"):
+        run("--ways", "learned_points_2bit")
+    with pytest.raises(IntegrityError, match="with other heldout"):
+        run("--ways", "Q4_0", "--heldout", "64")
 
 
 def test_what_another_script_measured_stays_in_the_file(

@@ -46,3 +46,13 @@ def test_files_that_are_not_trained_on_their_grid_need_nothing_beside_them() -> 
     assert list(missing_ptq("evaluate", [PLAIN])) == []
     assert list(missing_ptq("evaluate", [_export("qad_files", _trained("q4_0"), "f16")])) == []
     assert list(missing_ptq("evaluate", [_export("qad_files", _trained("8da4w"), "f16")])) == []
+
+
+def test_a_model_trained_on_after_it_was_put_on_its_grid_has_the_same_parent() -> None:
+    later = Planned("sft", "distill", "model", "s" * 64, DistillConfig(loss="ce"), {"student": [_trained("q4_0")]})
+    again = Planned("again", "distill", "model", "a" * 64, _trained("q4_0").config, {"student": [later]})
+    for model in (later, again):
+        trained = _export("later_files", model, "q4_0")
+        assert list(missing_ptq("evaluate", [trained, PLAIN, WEIGHED])) == []
+        [first, second] = [str(one) for one in missing_ptq("evaluate", [trained])]
+        assert "'distill' quantised to q4_0 by llama.cpp is not" in first and "importance matrix is not" in second

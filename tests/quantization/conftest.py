@@ -38,6 +38,7 @@ KINDS = (
 )
 
 Reference = Callable[[str, torch.Tensor], torch.Tensor]
+RealWeights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 
 def grid_of(label: str) -> Grid:
@@ -99,7 +100,7 @@ def reference() -> Reference:
 
 
 @pytest.fixture(scope="session")
-def real_weights(teacher_folder: Path) -> Callable[[], Iterator[tuple[str, torch.Tensor]]]:
+def real_weights(teacher_folder: Path) -> RealWeights:
     """Matrices of the embedded teacher: every kind, of the first, a middle and the last layer."""
     from safetensors import safe_open
 

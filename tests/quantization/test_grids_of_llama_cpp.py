@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import gguf
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantization.conftest import GGML_GRIDS, KINDS, Reference, bits, drawn_weights, weights
+from quantization.conftest import GGML_GRIDS, KINDS, RealWeights, Reference, bits, drawn_weights, weights
 
 from lmdistill.quantization.registry import get
-
-RealWeights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 
 @pytest.mark.parametrize("name", GGML_GRIDS)

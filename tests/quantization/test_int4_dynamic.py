@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from quantization.conftest import bits, drawn_weights, weights
+from quantization.conftest import RealWeights, bits, drawn_weights, weights
 
 from lmdistill.quantization.activations import fake_quantise_activations
 from lmdistill.quantization.registry import get
@@ -36,6 +36,15 @@ def test_codes_and_scales_are_those_of_torchao(scale: str, values: torch.Tensor)
     assert torch.equal(ours.codes, theirs.qdata)
     assert torch.equal(ours.scales["d"], theirs.scale)
     assert bits(grid.fake_quantise(values)) == bits(theirs.dequantize())
+
+
+@pytest.mark.parametrize("scale", ["bf16", "f32"])
+def test_a_real_models_matrices_are_torchaos(scale: str, real_weights: RealWeights) -> None:
+    pytest.importorskip("torchao")
+    grid = get("8da4w", scale=scale)
+    for tensor, values in real_weights():
+        theirs, ours = _torchao_layer(values, scale).weight, grid.unpack(grid.pack(grid.quantise(values)))
+        assert torch.equal(ours.codes, theirs.qdata) and torch.equal(ours.scales["d"], theirs.scale), tensor
 
 
 @pytest.mark.parametrize("scale", ["bf16", "f32"])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lmdistill.errors import PreflightError
 from lmdistill.quantization.fitting import compensated, fitted_scales
+from lmdistill.quantization.grid import Grid
 from lmdistill.quantization.learned_scales import learned_points
 from lmdistill.quantization.placement import Placement
 from lmdistill.quantization.registry import catalogue, get
@@ -39,6 +40,30 @@ def test_learned_scales_give_the_grids_own_points(name: str) -> None:
     moved = {key: scale.detach() * 0.9 for key, scale in learned.items()}
     expected = get(name).fake_quantise(weights, {**moved, **fixed})
     assert torch.equal(learned_points(get(name), weights, moved, fixed), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_short_way_to_points_is_that_by_codes_bit_for_bit(name: str) -> None:
+    grid, weights = get(name), _weights()
+    scales = {key: scale * 0.8 if scale.is_floating_point() else scale for key, scale in grid.start(weights).items()}
+    for scale in scales.values():
+        scale.view(-1)[:3] = 0  # a scale of zero leaves one point
+    found = grid.fake_quantise(weights, scales)
+    assert found.numpy().tobytes() == grid.dequantise(grid.quantise(weights, scales)).numpy().tobytes()
+    assert torch.equal(grid.fake_quantise(weights, scales, torch.bfloat16), found.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q5_0", "q8_0", "8da4w"])
+def test_gradients_written_out_are_those_of_the_general_formula(name: str) -> None:
+    grid, weights = get(name), _weights()
+    scales = {"d": grid.by_block(grid.start(weights))["d"].float() * 0.7}
+    scales["d"][:3] = 0
+    blocks_NB = weights.reshape(-1, grid.block)
+    grad_NB = torch.randn(blocks_NB.shape, generator=torch.Generator().manual_seed(2))
+    [found_N] = grid.scale_gradients(grad_NB, blocks_NB, scales, ("d",))
+    [expected_N] = Grid.scale_gradients(grid, grad_NB, blocks_NB, scales, ("d",))
+    torch.testing.assert_close(found_N[3:], expected_N[3:], rtol=1e-3, atol=1e-3)
+    assert (found_N[:3] == 0).all()  # nothing lies on a step of zero: it has no direction
 
 
 @pytest.mark.parametrize("name", NAMES)

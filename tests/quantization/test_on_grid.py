@@ -73,6 +73,58 @@ def test_looked_up_rows_are_those_of_the_whole_matrix_on_its_grid_with_learned_s
             assert model.model.embed_tokens.grid_d.grad[0].abs().sum() > 0
 
 
+def test_points_of_weights_that_are_not_trained_are_found_once_until_these_change() -> None:
+    model = _llama()
+    handle = OnGrids(model, Plan(_everywhere(model)))
+    head = model.lm_head
+    trained = seen_weight(head)
+    assert seen_weight(head) is not trained
+    head.weight.requires_grad_(False)
+    kept = seen_weight(head)
+    assert seen_weight(head) is kept and torch.equal(kept, trained)
+    with torch.no_grad():
+        head.weight.mul_(1.5)
+    assert torch.equal(seen_weight(head), get("q4_0").fake_quantise(head.weight))
+    handle.settle()
+    drawn = _llama()
+    OnGrids(drawn, Plan(_everywhere(drawn, "uniform", bits=2, bucket=32, stochastic=True)))
+    drawn.lm_head.weight.requires_grad_(False)
+    assert not torch.equal(seen_weight(drawn.lm_head), seen_weight(drawn.lm_head))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_products_in_bfloat16_are_those_of_the_points_rounded_once(learned: bool) -> None:
+    """Points leave the grid in the product's dtype: as if autocast had rounded them, forward and backward."""
+    model = _llama()
+    placement = _everywhere(model)
+    scales = {name: placement.grid(name).start(weight) for name, weight in model.named_parameters() if weight.ndim == 2}
+    OnGrids(model, Plan(placement.with_scales(scales), learned))
+    layer, hidden = model.model.layers[0].mlp.up_proj, torch.randn(3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(hidden)
+    points = seen_weight(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.nn.functional.linear(hidden, points)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+    leaves = [layer.weight, *([layer.grid_d] if learned else [])]
+    ours, theirs = (torch.autograd.grad(one.float().square().sum(), leaves) for one in (found, expected))
+    assert all(one.dtype == torch.float32 and torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_what_several_layers_see_is_summed_once_and_counted_for_each() -> None:
+    from lmdistill.quantization.importance import Moments
+
+    moments, hidden = Moments(whole=True), torch.randn(2, 5, 4)
+    for _ in range(2):
+        for name in ("q", "k"):
+            moments.add(name, hidden)
+        moments.add("k", hidden.clone())
+    flat = hidden.flatten(0, 1)
+    for name in ("q", "k"):
+        torch.testing.assert_close(moments.second(name), flat.T @ flat / len(flat))
+    assert moments.tokens == {"q": 20, "k": 40}
+
+
 def test_8da4w_rounds_activations_of_linear_layers_too() -> None:
     from lmdistill.quantization.activations import fake_quantise_activations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,43 @@ def test_stopped_and_resumed_is_never_stopped_on_a_grid(
     monkeypatch.undo()
     train_toy(tmp_path / "parts", signals, student, **every)
     assert folder_bytes(tmp_path / "parts/out") == folder_bytes(tmp_path / "whole/out")
+
+
+def test_a_training_that_goes_on_does_not_measure_its_start_again(
+    signals: Artefact, student: Artefact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmdistill.quantization import start
+
+    keys = {"grid": "uniform", "bits": 3, "bucket": 16, "scales": "learned", "start": "compensated"}
+    every = {"quantize": keys | {"share_bits": "linear"}, "checkpoint_steps": 2, **SHORT}
+    train_toy(tmp_path / "once", signals, student, **every)
+    shutil.copytree(tmp_path / "once/work", tmp_path / "again/work")
+
+    def measured(*_: Any, **__: Any) -> Any:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(start, "measure", measured)
+    monkeypatch.setattr(start, "gradient_norms", measured)
+    for last in (4, 6):
+        shutil.rmtree(tmp_path / f"again/work/checkpoints/checkpoint-{last}")
+    train_toy(tmp_path / "again", signals, student, **every)
+    assert folder_bytes(tmp_path / "again/out") == folder_bytes(tmp_path / "once/out")
+
+
+def test_the_longer_of_two_trainings_goes_on_from_where_the_shorter_goes_down(
+    signals: Artefact, student: Artefact, tmp_path: Path
+) -> None:
+    """`warmup_stable_decay`: warm-up and level stretch are the same, whatever the number of steps."""
+    keys = {"schedule": "warmup_stable_decay", "decay": 0.5, "checkpoint_steps": 2, "log_steps": 1, "lr": 0.05}
+    for steps in (4, 8):
+        train_toy(
+            tmp_path / str(steps), signals, student, **keys, quantize=NARROW, tokens=steps * 256, warmup=1 / steps
+        )
+    first, second = (json.loads((tmp_path / f"{steps}/out/training.json").read_text())["log"] for steps in (4, 8))
+    assert [line["loss"] for line in first[:2]] == [line["loss"] for line in second[:2]]
+    rates = [[line["learning_rate"] for line in log] for log in (first, second)]
+    assert rates[0][1] == rates[1][1] == rates[1][3] > rates[1][5] > rates[1][7] > 0
+    assert rates[0][3] == pytest.approx(rates[0][1] / 2)
 
 
 @pytest.mark.parametrize("which", ["frozen", "moving"])

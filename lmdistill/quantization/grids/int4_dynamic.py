@@ -16,7 +16,8 @@ import torch
 
 from lmdistill.errors import RecipeError
 from lmdistill.quantization.arithmetic import divide
-from lmdistill.quantization.grid import Grid, Scales
+from lmdistill.quantization.grid import Scales
+from lmdistill.quantization.one_step import OneStepGrid
 from lmdistill.quantization.packing import from_nibbles, nibbles, raw, unraw
 from lmdistill.quantization.registry import grid
 
@@ -25,12 +26,13 @@ _DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 @grid("8da4w")
 @dataclass(frozen=True)
-class Int4Dynamic(Grid):
+class Int4Dynamic(OneStepGrid):
     """Points code · d, codes from −8 to 7. Error at most d / 2, in bfloat16 up to 0.53 d, where nothing is cut off."""
 
     group: int = 32
     scale: Literal["bf16", "f32"] = "bf16"
     code_dtype = torch.int8
+    least, most = -8, 7
     code_bits = 4
     dynamic_activations: ClassVar[bool] = True
 
@@ -66,15 +68,6 @@ class Int4Dynamic(Grid):
         d_N1 = divide(largest_N1, 7.5).clamp_(min=torch.finfo(torch.float32).tiny).to(self._dtype)
         codes_NB = (blocks_NB * d_N1.reciprocal().float()).round_().clamp_(-8, 7)
         return codes_NB, {"d": d_N1.squeeze(1)}
-
-    def nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """A scale of zero leaves only the point 0."""
-        d_N1 = scales["d"].float().unsqueeze(1)
-        return torch.where(d_N1 == 0, 0.0, blocks_NB / d_N1).round_().clamp_(-8, 7)
-
-    def points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """One product."""
-        return codes_NB * scales["d"].float().unsqueeze(1)
 
     def _to_bytes(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Scale, then nibbles."""

@@ -76,8 +76,8 @@ class LearnedPoints(Grid):
         """As every grid does, from percentiles of the tensor or of its buckets."""
         return super().quantise(weights, self._percentiles(weights) if scales is None else scales)
 
-    def _on_grid(self, weights: torch.Tensor, scales: Scales | None) -> torch.Tensor:
-        return super()._on_grid(weights, self._percentiles(weights) if scales is None else scales)
+    def _on_grid(self, weights: torch.Tensor, scales: Scales | None, dtype: torch.dtype | None) -> torch.Tensor:
+        return super()._on_grid(weights, self._percentiles(weights) if scales is None else scales, dtype)
 
     def start(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         """Ranges of the buckets, and points at percentiles: `[P]` of the tensor."""

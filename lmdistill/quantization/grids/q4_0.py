@@ -20,7 +20,8 @@ from lmdistill.quantization.signed_extreme import SignedExtremeGrid
 class Q4_0(SignedExtremeGrid):
     """Points (code − 8) · d. Error at most |d|, at the end without a point; half of it elsewhere."""
 
-    half = 8
+    half = zero = 8
+    least, most = -8, 7
     code_bits = 4
     block_bytes = 18
 

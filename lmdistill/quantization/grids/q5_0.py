@@ -20,7 +20,8 @@ from lmdistill.quantization.signed_extreme import SignedExtremeGrid
 class Q5_0(SignedExtremeGrid):
     """Points (code − 16) · d. Error at most |d|, at the end without a point; half of it elsewhere."""
 
-    half = 16
+    half = zero = 16
+    least, most = -16, 15
     code_bits = 5
     block_bytes = 22
 

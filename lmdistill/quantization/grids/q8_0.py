@@ -10,17 +10,19 @@ from dataclasses import dataclass
 import torch
 
 from lmdistill.quantization.arithmetic import divide, inverse, round_half_away
-from lmdistill.quantization.grid import Grid, Scales
+from lmdistill.quantization.grid import Scales
+from lmdistill.quantization.one_step import OneStepGrid
 from lmdistill.quantization.packing import raw, unraw
 from lmdistill.quantization.registry import grid
 
 
 @grid("q8_0")
 @dataclass(frozen=True)
-class Q8_0(Grid):
+class Q8_0(OneStepGrid):
     """Points code · d, codes from −127 to 127. Error at most d / 2 and what float16 makes of the largest weight."""
 
     code_dtype = torch.int8
+    least, most = -127, 127
     block = 32
     code_bits = 8
     block_bytes = 34
@@ -34,15 +36,6 @@ class Q8_0(Grid):
         largest_N1 = torch.maximum(blocks_NB.amax(1, keepdim=True), -blocks_NB.amin(1, keepdim=True))
         d_N1 = divide(largest_N1.abs(), 127.0)  # +0 for zeros
         return round_half_away(blocks_NB * inverse(d_N1)), {"d": d_N1.squeeze(1).half()}
-
-    def nearest(self, blocks_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """A scale of zero leaves only the point 0."""
-        d_N1 = scales["d"].float().unsqueeze(1)
-        return torch.where(d_N1 == 0, 0.0, blocks_NB / d_N1).round_().clamp_(-127, 127)
-
-    def points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """One product (exact: 8 bits times 11)."""
-        return codes_NB * scales["d"].float().unsqueeze(1)
 
     def _to_bytes(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Scale, then the codes."""

@@ -49,6 +49,11 @@ class Uniform(Grid):
         return 8 + -(-self.bucket * self.bits // 8)
 
     @property
+    def repeats(self) -> bool:
+        """Not where it draws."""
+        return not self.stochastic
+
+    @property
     def _top(self) -> float:
         return float(2**self.bits - 1)
 
