@@ -14,7 +14,7 @@ K key/value heads, G heads that share one, D width of a head, L taps of a convol
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -34,7 +34,6 @@ class Weights(Protocol):
 
     def vector(self, name: str) -> torch.Tensor:
         """A tensor in float32."""
-
 
 
 class RmsNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""Which architectures ship as a `.pte`: what a decoder takes from each one's config.json, one decorated function each."""
+"""Which architectures ship as a `.pte`: what a decoder takes from config.json, one decorated function each."""
 
 from __future__ import annotations
 

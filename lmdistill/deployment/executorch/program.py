@@ -82,7 +82,9 @@ def write_program(
     decoder = build_decoder(folder, placement, sizes.context)
     with _quietly(), torch.no_grad():
         exported = torch.export.export(decoder, sizes.example(), dynamic_shapes=sizes.dynamic_shapes(), strict=False)
-        lowered = _lowered(exported, {"context": sizes.context, "chunk": sizes.chunk, "vocab_size": _vocabulary(folder)})
+        lowered = _lowered(
+            exported, {"context": sizes.context, "chunk": sizes.chunk, "vocab_size": _vocabulary(folder)}
+        )
         work = delegated_work(lowered.exported_program(METHOD))
         check_share(work, min_delegated)
         with target.open("wb") as file:

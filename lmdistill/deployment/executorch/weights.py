@@ -93,7 +93,7 @@ class GroupEmbedding(nn.Module):
 class CheckpointWeights:
     """The layers of a checkpoint, whose tensors are where `placement` has them.
 
-    With scales in the placement the weights must lie on their grids exactly (IntegrityError); without they are put there.
+    With scales in the placement the weights must lie on their grids exactly (IntegrityError); else they are put there.
     """
 
     def __init__(self, checkpoint: Checkpoint, placement: Placement) -> None:
@@ -118,6 +118,11 @@ class CheckpointWeights:
             quantised = grid.quantise(weights, scales)
             self._on_grids[tensor] = OnGrid(quantised.codes, quantised.scales["d"])
         return self._on_grids[tensor]
+
+    def points(self, tensor: str) -> torch.Tensor:
+        """A tensor in float32 as it ships: the trained weights, or the points that those without scales are put on."""
+        quantised = self.on_grid(tensor)
+        return self.tensor(tensor) if quantised is None or tensor in self.placement.scales else quantised.points_OI
 
     def vector(self, name: str) -> torch.Tensor:
         """The tensor `<name>.weight` in float32."""
