@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from grid_models import on_grid
+from safetensors.torch import load_file, save_file
 
 from lmdistill.checkpoints import copy_tokenizer
 from lmdistill.corpus.format import LOSS, TOKENIZER_FOLDER, CorpusMeta, SplitMeta, tokens_digest
@@ -25,8 +24,6 @@ from lmdistill.deployment.quantizer import quantize
 from lmdistill.errors import IntegrityError
 from lmdistill.pipeline.stage import Artefact, Planned, PreflightContext, Runtime, StageConfig, StageContext
 from lmdistill.quantization.keys import QuantizeKeys
-from lmdistill.quantization.placement import place
-from lmdistill.quantization.wanted import wanted
 from lmdistill.stages.export import ExportConfig, ExportStage
 from lmdistill.training.config import DistillConfig
 
