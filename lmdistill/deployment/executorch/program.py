@@ -5,20 +5,17 @@ Axes: S tokens of a call, P positions they see, N wanted logits.
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lmdistill.deployment.executorch.layouts import layout_of
+from lmdistill.deployment.executorch.runtime import METHOD, unwarned
 from lmdistill.deployment.gguf_writer import check_tensors, open_checkpoint, read_config
 from lmdistill.errors import IntegrityError
 from lmdistill.quantization.placement import Placement
 
 CHUNK = 128  # tokens of a call at most: as many as XNNPACK's products need to run at full speed
-METHOD = "forward"
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def write_program(
     from lmdistill.deployment.executorch.delegation import check_share, delegated_work
 
     decoder = build_decoder(folder, placement, sizes.context)
-    with _quietly(), torch.no_grad():
+    with unwarned(), torch.no_grad():
         exported = torch.export.export(decoder, sizes.example(), dynamic_shapes=sizes.dynamic_shapes(), strict=False)
         lowered = _lowered(
             exported, {"context": sizes.context, "chunk": sizes.chunk, "vocab_size": _vocabulary(folder)}
@@ -114,11 +111,3 @@ def _emitted(lowered: Any) -> Any:
 
 def _vocabulary(folder: Path) -> int:
     return int(read_config(folder)["vocab_size"])
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the deprecations that exporters report of themselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -8,13 +8,15 @@ Axes: S tokens of a call, P positions they see, T tokens of a sequence, V vocabu
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from lmdistill.deployment.executorch.program import METHOD
 from lmdistill.deployment.llama_cpp_runtime import default_threads
 from lmdistill.errors import IntegrityError, LmdistillError, PreflightError
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     Logits = NDArray[np.float32]
 
+METHOD = "forward"  # the one method of a program
 UNSEEN = -1e9  # added to a score, so that its weight is 0; an infinity would make NaN of a row without any other
 INSTALL = "pip install 'lmdistill[executorch]'"
 
@@ -31,14 +34,28 @@ INSTALL = "pip install 'lmdistill[executorch]'"
 def executorch_runtime() -> Any:
     """ExecuTorch's runtime with its XNNPACK backend and quantised operators; raises PreflightError without them."""
     try:
-        import executorch.kernels.quantized  # noqa: F401  (registers the embedding of few bits)
-        from executorch.runtime import Runtime
+        with unwarned():
+            import executorch.kernels.quantized  # noqa: F401  (registers the embedding of few bits)
+            from executorch.runtime import Runtime
     except (ImportError, OSError, RuntimeError) as error:
         raise PreflightError("ExecuTorch is not available", why=str(error), fix=INSTALL) from error
     runtime = Runtime.get()
     if not runtime.backend_registry.is_available("XnnpackBackend"):
         raise PreflightError("this build of ExecuTorch has no XNNPACK", fix=INSTALL)
     return runtime
+
+
+@contextlib.contextmanager
+def unwarned() -> Iterator[None]:
+    """Without what ExecuTorch, torchao and torch warn of each other: no user can do anything about it."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 class ExecutorchRuntime:
