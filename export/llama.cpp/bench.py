@@ -9,9 +9,8 @@ import argparse
 import statistics
 from pathlib import Path
 
-from model import run
-
 from lmdistill.deployment.llama_cpp_runtime import LlamaCppRuntime, default_threads
+from lmdistill.deployment.runner import run
 
 
 def spread(rates: list[float]) -> str:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from lmdistill.deployment.llama_cpp_runtime import default_threads, llama_library
+from lmdistill.deployment.runner import Message
 from lmdistill.deployment.template_parity import embedded_formatter
-from lmdistill.errors import LmdistillError, nearest
+from lmdistill.errors import LmdistillError
 
 PRESETS = Path(__file__).parent / "presets"
-Message = dict[str, str]
 
 
 class Preset(BaseModel):
@@ -39,26 +38,6 @@ class Preset(BaseModel):
         """The keys that decide an answer, as llama-cpp-python names them."""
         names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
         return {name: getattr(self, name) for name in names}
-
-
-def load_preset(name: str) -> Preset:
-    """A preset by name or by path (`.yaml`); raises LmdistillError that says what is wrong with it."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    known = {path.stem: path for path in PRESETS.glob("*.yaml")}
-    path = known.get(name, Path(name))
-    if not path.is_file():
-        raise LmdistillError(f"no preset '{name}'{nearest(name, known)}", fix=f"there are {', '.join(sorted(known))}")
-    try:
-        return Preset.model_validate(YAML(typ="safe").load(path.read_text("utf-8")))
-    except YAMLError as error:
-        raise LmdistillError(f"{path} is not YAML", why=str(error)) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        why = f"{first['msg']}{nearest(key, Preset.model_fields) if first['type'] == 'extra_forbidden' else ''}"
-        raise LmdistillError(f"{path}: {key}", why=why) from error
 
 
 class ChatModel:
@@ -120,18 +99,3 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("gguf", type=Path, help="the model file, such as runs/lfm_small/…/out/files-Q4_0.gguf")
     made.add_argument("--preset", default="laptop", help="a file in presets/ by name, or the path of a .yaml file")
     return made
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a script; what the user can mend is one message and exit status 2."""
-    try:
-        main()
-    except LmdistillError as error:
-        sys.exit(_fail(error.render()))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _fail(message: str) -> int:
-    print(message, file=sys.stderr)
-    return 2

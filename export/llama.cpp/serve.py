@@ -11,8 +11,9 @@ import json
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
-from model import ChatModel, load_preset, parser, run
+from model import PRESETS, ChatModel, Preset, parser
 
+from lmdistill.deployment.runner import load_preset, run
 from lmdistill.errors import LmdistillError, nearest
 
 PATH = "/v1/chat/completions"
@@ -91,7 +92,7 @@ def main() -> None:
     arguments.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: from everywhere")
     arguments.add_argument("--port", type=int, default=8080, help="0: any free one")
     given = arguments.parse_args()
-    model = ChatModel(given.gguf, load_preset(given.preset))
+    model = ChatModel(given.gguf, load_preset(Preset, PRESETS, given.preset))
     with HTTPServer((given.host, given.port), handler(model)) as server:
         print(f"{given.gguf.name} at http://{given.host}:{server.server_port}{PATH}", flush=True)
         server.serve_forever()

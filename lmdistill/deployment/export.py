@@ -1,29 +1,28 @@
-"""A checkpoint into GGUF files with their proofs: what the export stage runs and verifies.
+"""A checkpoint into files with their proofs: what the export stage runs and verifies.
 
-A file is made in the scratch folder, fsynced, its sha256 recorded there, and renamed into place: after a kill at any
-moment the next run takes what is whole and makes the rest, to the same bytes.
+What is particular to a runtime is in `targets/`. A file is made in the scratch folder, fsynced, its sha256 recorded
+there, and renamed into place: after a kill at any moment the next run takes what is whole and makes the rest, to the
+same bytes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdistill.corpus.format import PAD, TRAIN, CorpusReader
-from lmdistill.deployment.architectures import architecture_of
-from lmdistill.deployment.formats import FORMATS, Format, actual_fallbacks, weight_count
-from lmdistill.deployment.gguf_header import bits_per_weight, read_tensors
-from lmdistill.deployment.gguf_writer import Precision, read_config, write_gguf
+from lmdistill.deployment.architectures import ARCHITECTURES
+from lmdistill.deployment.formats import Format, weight_count
+from lmdistill.deployment.gguf_writer import read_config
 from lmdistill.deployment.golden import accepted_conversations
 from lmdistill.deployment.imatrix import importance_of
-from lmdistill.deployment.packed_gguf import verify_packed, write_packed_gguf
-from lmdistill.deployment.parity import measure_parity, write_reference
-from lmdistill.deployment.quantizer import quantize
-from lmdistill.deployment.tokenizer_proof import held_out, prove_tokenizer
+from lmdistill.deployment.parity import Parity, measure_parity, write_reference
+from lmdistill.deployment.targets import Target, by_target, format_of, target_of
+from lmdistill.deployment.tokenizer_proof import held_out
 from lmdistill.errors import IntegrityError
 from lmdistill.pipeline.files import fsync, sha256_file, write_json, write_text
 from lmdistill.pipeline.stage import ModelRef, Progress
@@ -50,60 +49,60 @@ class Export:
     corpus: CorpusReader | None = None
     threads: int | None = None
     imatrix_tokens: int | None = None  # of the training split; None: llama.cpp weighs all inputs alike
+    context: int | None = None  # positions of a `.pte`'s caches; None: what the model knows, within reason
+    min_delegated: float = 0.95  # share of a `.pte`'s compute in its accelerated backend
 
     def file(self, format_: Format) -> Path:
         """Where a format's file goes."""
-        return self.out / f"{self.name}-{format_.suffix}.gguf"
+        return self.out / f"{self.name}-{format_.suffix.removeprefix('PTE_')}{target_of(format_.name).suffix}"
+
+    @cached_property
+    def placement(self) -> Placement | None:
+        """Where the model lies, if it was trained on grids."""
+        return Placement.load(self.model.path)
 
     def run(self, progress: Progress) -> dict[str, Any]:
         """Write every file and measure it; deployment.json's contents, which are also written."""
         self.work.mkdir(parents=True, exist_ok=True)
-        formats = [FORMATS[name] for name in self.formats]
-        base = self._write_files(formats, progress)
+        wanted = {one: [format_of(name) for name in names] for one, names in by_target(self.formats).items()}
+        for target, formats in wanted.items():
+            target.write(self, formats, progress)
         sequences = self._sequences()
-        reference = self.work / "reference.f32"
-        progress.note(f"the checkpoint's own predictions of {sum(map(len, sequences)):,} tokens")
-        write_reference(self.model.path, sequences, reference, self.threads)
+        formats = [format_of(name) for name in self.formats]
         entries = []
         for done, format_ in enumerate(formats):
             progress.update(done, len(formats), "files measured")
-            parity = measure_parity(self.file(format_), sequences, reference, self.threads)
-            entries.append(self._entry(format_) | {"parity": parity.to_json()})
+            parity = self._parity(format_, sequences, progress)
+            entries.append(self._entry(format_) | {"parity": target_of(format_.name).parity_entry(parity)})
         progress.update(len(formats), len(formats), "files measured")
-        record = self._record(entries, prove_tokenizer(self.model.path, base, self.conversations, self.corpus))
+        record = self._record(entries, self._tokenizers(wanted))
         write_json(self.out / RECORD, record)
         return record
 
-    def _write_files(self, formats: Sequence[Format], progress: Progress) -> Path:
-        """Make the files that are not there; returns the one all tokenizers are copied from."""
-        base = self.file(FORMATS["f32"]) if "f32" in self.formats else self.work / f"{self.name}-F32.gguf"
-        if any(format_.ftype and not self._packed(format_) for format_ in formats):
-            self._ensure(base, progress, partial(self._make, FORMATS["f32"], base))
-        for format_ in formats:
-            self._ensure(self.file(format_), progress, partial(self._make, format_, base))
-        return base if base.exists() else self.file(formats[0])
-
-    def _make(self, format_: Format, base: Path, target: Path) -> None:
-        """Write one file: quantised from `base`, or straight from the checkpoint."""
-        placement = self._packed(format_)
-        if placement is not None:
-            write_packed_gguf(
-                self.model.path, target, placement, format_.name, name=self.name, parent=self.model.digest
-            )
-        elif format_.ftype:
-            importance = self._importance if self.imatrix_tokens and format_.quantized else None
-            quantize(base, target, format_, threads=self.threads, importance=importance)
-        else:
-            precision: Precision = "f32" if format_.name == "f32" else "f16"
-            write_gguf(self.model.path, target, precision, name=self.name, parent=self.model.digest)
-
-    def _packed(self, format_: Format) -> Placement | None:
-        """Where the model lies, if that is on this format's grids: the file is then packed, not quantised."""
-        placement = Placement.load(self.model.path) if format_.quantized else None
-        return placement if placement is not None and placement.preset == format_.name else None
+    def _parity(self, format_: Format, sequences: list[list[int]], progress: Progress) -> Parity:
+        """A file's distance from the checkpoint, which runs once for all files that compute alike."""
+        target = target_of(format_.name)
+        rounded = target.rounds_activations(self, format_)
+        reference = self.work / ("reference_on_grid.f32" if rounded else "reference.f32")
+        if reference not in self._written:
+            progress.note(f"the checkpoint's own predictions of {sum(map(len, sequences)):,} tokens")
+            write_reference(self.model.path, sequences, reference, self.threads, on_grid=rounded)
+            self._written.add(reference)
+        with target.opened(self.file(format_), max(map(len, sequences)), self.threads) as source:
+            return measure_parity(source, self.file(format_).name, sequences, reference)
 
     @cached_property
-    def _importance(self) -> Importance:
+    def _written(self) -> set[Path]:
+        """References of this run; one of an earlier run may be of other sequences."""
+        return set()
+
+    def _tokenizers(self, wanted: dict[Target, list[Format]]) -> dict[str, Any]:
+        """The proofs of all targets: llama.cpp's as it always was, others by their names."""
+        proofs = {target.name: target.prove_tokenizer(self, formats) for target, formats in wanted.items()}
+        return {**proofs.pop("llama.cpp", {}), **proofs}
+
+    @cached_property
+    def importance(self) -> Importance:
         """Of the inputs of all layers, on the first tokens of the training split."""
         assert self.corpus is not None and self.imatrix_tokens is not None  # the stage asks for both
         split = self.corpus.split(TRAIN)
@@ -111,7 +110,7 @@ class Export:
         text = ([int(token) for token in tokens[flags & PAD == 0]] for tokens, flags in rows)
         return importance_of(self.model.path, _first(text, self.imatrix_tokens), self.threads)
 
-    def _ensure(self, path: Path, progress: Progress, make: Callable[[Path], object]) -> None:
+    def ensure(self, path: Path, progress: Progress, make: Callable[[Path], object]) -> None:
         """Have `path` whole: keep it where its recorded sha256 still holds, else make it."""
         record = self.work / f"{path.name}.sha256"
         if path.exists() and record.exists() and sha256_file(path) == record.read_text().strip():
@@ -125,33 +124,18 @@ class Export:
         progress.note(f"{path.name}: {path.stat().st_size:,} bytes")
 
     def _entry(self, format_: Format) -> dict[str, Any]:
-        path, architecture = self.file(format_), architecture_of(read_config(self.model.path))
-        tensors = read_tensors(path)
-        fallbacks = actual_fallbacks(format_, architecture, tensors)
+        path = self.file(format_)
         return {
             "file": path.name,
             "format": format_.name,
             "bytes": path.stat().st_size,
             "sha256": sha256_file(path),
-            "bits_per_weight": round(bits_per_weight(tensors), 4),
-            "params": sum(tensor.weights for tensor in tensors.values()),
-            "fallback_tensors": fallbacks,
-            "fallback_share": round(
-                sum(tensors[name].weights for name in fallbacks) / sum(t.weights for t in tensors.values()), 4
-            ),
-            **self._origin(format_),
+            **target_of(format_.name).entry(self, format_),
         }
 
-    def _origin(self, format_: Format) -> dict[str, Any]:
-        """How a quantised file came about, where llama.cpp did not make it alone."""
-        if self._packed(format_) is not None:
-            return {"note": "trained on its grid", "bit_equal": verify_packed(self.file(format_), self.model.path)}
-        if self.imatrix_tokens and format_.quantized:
-            return {"note": f"imatrix of {self.imatrix_tokens:,} tokens"}
-        return {}
-
     def _record(self, entries: list[dict[str, Any]], tokenizer: dict[str, Any]) -> dict[str, Any]:
-        architecture = architecture_of(read_config(self.model.path))
+        config = read_config(self.model.path)
+        architecture = ARCHITECTURES[config["model_type"]](config)
         return {
             "model": {"name": self.model.name, "digest": self.model.digest},
             "architecture": architecture.gguf_name,
@@ -195,15 +179,18 @@ class Limits:
     kl_f16: float
     top1: float
     kl: float | None
+    abs_f32: float = 1e-4
 
     def breaches(self, entry: dict[str, Any]) -> list[str]:
         """What of a file's measured parity is beyond its limit, in words."""
         name, parity, found = entry["format"], entry["parity"], []
-        limit = {"f32": self.kl_f32, "f16": self.kl_f16}.get(name, self.kl)
+        limit = {"f32": self.kl_f32, "pte_f32": self.kl_f32, "f16": self.kl_f16}.get(name, self.kl)
         if limit is not None and not parity["mean_kl"] <= limit:
             found.append(f"mean KL {parity['mean_kl']:.3g} is above {limit:.3g}")
-        if name in ("f32", "f16") and parity["top1_decided"] < self.top1:
+        if name in ("f32", "pte_f32", "f16") and parity["top1_decided"] < self.top1:
             found.append(f"top-1 agreement {parity['top1_decided']:.4f} is below {self.top1}")
+        if name == "pte_f32" and not parity["max_abs"] <= self.abs_f32:
+            found.append(f"a logit is {parity['max_abs']:.3g} off, above {self.abs_f32:.3g}")
         return found
 
 
@@ -214,7 +201,7 @@ def verify_deployment(out: Path, limits: Limits, model: Path | None = None) -> N
         if sha256_file(out / entry["file"]) != entry["sha256"]:
             raise IntegrityError(f"{entry['file']} changed after it was measured", fix="run the stage again")
         if "bit_equal" in entry and model is not None:
-            verify_packed(out / entry["file"], model)
+            target_of(entry["format"]).verify_weights(out / entry["file"], model, format_of(entry["format"]))
     problems = [f"{entry['file']}: {text}" for entry in record["files"] for text in limits.breaches(entry)]
     if problems:
         raise IntegrityError(

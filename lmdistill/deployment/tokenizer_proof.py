@@ -17,7 +17,7 @@ from lmdistill.deployment.tokenizer_parity import GgufVocabulary, compare
 from lmdistill.errors import IntegrityError
 from lmdistill.teachers.token_maps import check_same_tokens, token_map
 
-_DOCUMENTS = 200  # of the training data
+DOCUMENTS = 200  # of the training data
 
 
 def prove_tokenizer(folder: Path, gguf_path: Path, conversations: int, corpus: CorpusReader | None) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def prove_training_ids(gguf_path: Path, tokenizer: Any, corpus: CorpusReader) ->
 
     Raises IntegrityError where one gets other ids than it has in the corpus.
     """
-    documents = list(whole_documents(corpus, _DOCUMENTS))
+    documents = list(whole_documents(corpus, DOCUMENTS))
     with GgufVocabulary(gguf_path) as vocabulary:
         for ids in documents:
             text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from lmdistill.checkpoints import stored_tensors
+from lmdistill.deployment.targets import targets
 from lmdistill.errors import IntegrityError, StageError
 from lmdistill.evaluation.pairs import is_baseline, training_record
 from lmdistill.pipeline.stage import Artefact, ModelRef
 
 Role = Literal["teacher", "baseline", "student", "file"]
 TEACHER = "teacher"
-CHECKPOINT_RUNTIME, FILE_RUNTIMES = "transformers", {".gguf": "llama.cpp"}
+CHECKPOINT_RUNTIME = "transformers"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -64,12 +65,13 @@ def _files(deployment: Artefact, parents: dict[str, Subject]) -> list[Subject]:
             f"the files of '{deployment.name}' come from '{made_from}', which is not evaluated",
             fix=f"add '{made_from}' to evaluate's `from:`, or leave `from:` out",
         )
+    runtimes = {target.suffix: target.runtime for target in targets().values()}
     subjects = []
     for entry in record["files"]:
         path = deployment.out / entry["file"]
-        if path.suffix in FILE_RUNTIMES:
+        if path.suffix in runtimes:
             row = f"{deployment.name}/{entry['format']}"
-            size, runtime = path.stat().st_size, FILE_RUNTIMES[path.suffix]
+            size, runtime = path.stat().st_size, runtimes[path.suffix]
             share, note = entry.get("fallback_share"), entry.get("note", "")
             subjects.append(
                 Subject(row, "file", runtime, entry["format"], path, parent.name, parent.params, size, share, note)

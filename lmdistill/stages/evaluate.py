@@ -12,7 +12,16 @@ from lmdistill.corpus.config import SPLITS
 from lmdistill.errors import IntegrityError, LmdistillError, PreflightError, nearest
 from lmdistill.evaluation.gates import COMPARED, SPEED, Gate
 from lmdistill.evaluation.suites import load_suite
-from lmdistill.pipeline.stage import Estimate, Input, ModelRef, PreflightContext, Stage, StageConfig, StageContext
+from lmdistill.pipeline.stage import (
+    Estimate,
+    Input,
+    ModelRef,
+    Planned,
+    PreflightContext,
+    Stage,
+    StageConfig,
+    StageContext,
+)
 
 TEACHER = "teacher"
 LOGIT_COPIES = 3  # of a sequence in memory at once: the model's, its log-probabilities, the predictions that count
@@ -117,7 +126,8 @@ class EvaluateStage(Stage[EvaluateConfig]):
 def _missing_runtimes(ctx: PreflightContext[EvaluateConfig]) -> Iterable[LmdistillError]:
     from lmdistill.evaluation.runtimes import runtime_class
 
-    for runtime in ("transformers", "llama.cpp") if ctx.inputs.get("deployments") else ("transformers",):
+    files = {runtime for planned in ctx.inputs.get("deployments", ()) for runtime in _runtimes(planned)}
+    for runtime in ("transformers", *sorted(files)):
         fix = runtime_class(runtime).missing()
         if fix:
             yield PreflightError(f"stage '{ctx.name}' needs {runtime}, which is not installed", fix=fix)
@@ -164,6 +174,14 @@ def _missing_models(ctx: PreflightContext[EvaluateConfig]) -> Iterable[Lmdistill
 def _formats(config: Any) -> list[str]:
     """The formats that a planned export will write, where its config says so."""
     return [str(name) for name in getattr(config, "formats", ())]
+
+
+def _runtimes(planned: Planned) -> set[str]:
+    """The runtimes of the files that a planned export will write; llama.cpp where its config does not say."""
+    from lmdistill.deployment.targets import target_of
+
+    formats = _formats(planned.config)
+    return {target_of(name).runtime for name in formats} if formats else {"llama.cpp"}
 
 
 def _wrong_gates(ctx: PreflightContext[EvaluateConfig]) -> Iterable[LmdistillError]:

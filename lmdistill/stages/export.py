@@ -1,25 +1,26 @@
-"""export: a model as GGUF files for llama.cpp, each proven against the checkpoint it comes from."""
+"""export: a model as GGUF files for llama.cpp and programs for ExecuTorch, each proven against its checkpoint."""
 
 from __future__ import annotations
 
-import importlib.util
+import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from lmdistill.deployment.formats import FORMATS, fallback_share, known_format
+from lmdistill.deployment.targets import Target, by_target, exported_format, format_of
 from lmdistill.errors import LmdistillError, PreflightError
 from lmdistill.pipeline.stage import AddedKey, Estimate, Input, PreflightContext, Stage, StageConfig, StageContext
-
-NOTED_SHARE = 0.1  # of the weights: above it the plan says that a format is not what its name says
 
 
 class ExportConfig(StageConfig):
     """Keys of `export`."""
 
     formats: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        default=("f32", "f16", "q8_0", "q4_0", "q4_k_m"), description="GGUF formats to write, by llama.cpp's names"
+        default=("f32", "f16", "q8_0", "q4_0", "q4_k_m"),
+        description="GGUF formats by llama.cpp's names; for ExecuTorch pte_f32, pte_8da4w, and pte_8da4w_all with "
+        "embeddings and head on the grid too",
     )
     golden_conversations: Annotated[int, Field(ge=1, le=10_000)] = Field(
         default=64, description="conversations on which token ids and chat template must be the checkpoint's"
@@ -27,10 +28,12 @@ class ExportConfig(StageConfig):
     parity_tokens: Annotated[int, Field(ge=16)] = Field(
         default=1024, description="tokens of held-out text on which each file's predictions are compared"
     )
-    max_kl_f32: Annotated[float, Field(gt=0)] = Field(default=1e-6, description="highest mean KL of f32, nats a token")
+    max_kl_f32: Annotated[float, Field(gt=0)] = Field(
+        default=1e-6, description="highest mean KL of f32 and pte_f32, nats a token"
+    )
     max_kl_f16: Annotated[float, Field(gt=0)] = Field(default=2e-5, description="highest mean KL of f16, nats a token")
     min_top1: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.998, description="lowest top-1 agreement of f32 and f16, ties within 0.03 nats aside"
+        default=0.998, description="lowest top-1 agreement of f32, pte_f32 and f16, ties within 0.03 nats aside"
     )
     max_kl: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="highest mean KL of the other formats, nats a token; null: recorded, not judged"
@@ -39,16 +42,25 @@ class ExportConfig(StageConfig):
     imatrix_tokens: Annotated[int | None, AddedKey(), Field(ge=1)] = Field(
         default=None, description="tokens of training text for an importance matrix; null: quantised without one"
     )
+    context: Annotated[int | None, AddedKey(), Field(ge=16)] = Field(
+        default=None, description="`pte_…`: positions the caches hold; null: what the model knows, at most 2,048"
+    )
+    max_abs_f32: Annotated[float, AddedKey(), Field(gt=0)] = Field(
+        default=1e-4, description="`pte_f32`: farthest that a logit may be from the checkpoint's"
+    )
+    min_delegated: Annotated[float, AddedKey(), Field(ge=0, le=1)] = Field(
+        default=0.95, description="`pte_…`: least share of the compute that XNNPACK must take"
+    )
 
     @field_validator("formats")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         """Every name in lower case and once."""
-        return tuple(dict.fromkeys(known_format(name) for name in names))
+        return tuple(dict.fromkeys(exported_format(name) for name in names))
 
 
 class ExportStage(Stage[ExportConfig]):
-    """Writes a checkpoint as GGUF, lets llama.cpp quantise it, and proves every file."""
+    """Writes a checkpoint's files and proves every one."""
 
     name = "export"
     version = 1
@@ -57,14 +69,15 @@ class ExportStage(Stage[ExportConfig]):
     output = "deployment"
     tools = ("gguf", "llama-cpp-python", "torch", "transformers")
 
+    def tools_used(self, config: ExportConfig) -> tuple[str, ...]:
+        """Those of the targets that are written for."""
+        return tuple(dict.fromkeys(tool for target in by_target(config.formats) for tool in target.tools))
+
     def preflight(self, ctx: PreflightContext[ExportConfig]) -> list[LmdistillError]:
         """Packages, the architecture and the tokenizer, as far as they are known."""
-        missing = [
-            name for name in ("gguf", "llama_cpp", "torch", "transformers") if not importlib.util.find_spec(name)
-        ]
+        missing = [problem for target in by_target(ctx.config.formats) if (problem := target.missing())]
         if missing:
-            what = f"stage '{ctx.name}' needs {', '.join(missing)}"
-            return [PreflightError(what, why="not installed", fix="pip install 'lmdistill[all]'")]
+            return [named_problem(ctx.name, problem) for problem in missing]
         problems: list[LmdistillError] = []
         for check in _checks(ctx):
             try:
@@ -74,28 +87,23 @@ class ExportStage(Stage[ExportConfig]):
         return problems
 
     def estimate(self, ctx: PreflightContext[ExportConfig]) -> Estimate:
-        """Disk for the files, their 32-bit base and the reference; says which formats will not be what they say."""
+        """Time and disk of the files and of the reference; says which formats will not be what they say."""
+        from lmdistill.deployment.architectures import ARCHITECTURES
+        from lmdistill.deployment.formats import weight_count
         from lmdistill.deployment.planned import config_ahead
 
         config = config_ahead(ctx, "model")
-        if config is None:
-            return Estimate()
-        from lmdistill.deployment.architectures import architecture_of
-        from lmdistill.deployment.formats import weight_count
-
+        if config is None or config.get("model_type") not in ARCHITECTURES:
+            return Estimate()  # not known yet, or preflight says why
         try:
-            architecture = architecture_of(config)
+            costs = [target.cost(config, names) for target, names in by_target(ctx.config.formats).items()]
         except PreflightError:
             return Estimate()  # preflight says why
-        formats = [FORMATS[name] for name in ctx.config.formats]
-        weights = weight_count(architecture)
-        reference = 4 * ctx.config.parity_tokens * architecture.vocab_size
-        disk = int(sum(format_.bits for format_ in {*formats, FORMATS["f32"]}) / 8 * weights) + reference
-        tokens = ctx.config.parity_tokens * (len(formats) + 1)
-        shares = {format_.suffix: fallback_share(format_, architecture) for format_ in formats}
-        wide = [f"{name} {share:.0%}" for name, share in shares.items() if share > NOTED_SHARE]
-        note = f"weights in a larger type than the format's, for their widths: {', '.join(wide)}" if wide else ""
-        return Estimate(10 + weights * (2 * tokens + 40) / 2e10, disk, 5 * weights, note)
+        weights = weight_count(ARCHITECTURES[config["model_type"]](config))
+        tokens = ctx.config.parity_tokens * (len(ctx.config.formats) + 1)
+        seconds = sum(cost[0] for cost in costs) + weights * 2 * tokens / 2e10
+        disk = sum(cost[1] for cost in costs) + 4 * ctx.config.parity_tokens * int(config["vocab_size"])
+        return Estimate(seconds, disk, 5 * weights, "; ".join(cost[2] for cost in costs if cost[2]))
 
     def run(self, ctx: StageContext[ExportConfig]) -> dict[str, Any]:
         """Write, quantise, measure."""
@@ -114,6 +122,8 @@ class ExportStage(Stage[ExportConfig]):
             corpus=CorpusReader(corpora[0].out) if corpora else None,
             threads=ctx.runtime.threads,
             imatrix_tokens=ctx.config.imatrix_tokens,
+            context=ctx.config.context,
+            min_delegated=ctx.config.min_delegated,
         )
         record = export.run(ctx.progress)
         shown = ("bytes", "bits_per_weight", "fallback_share")
@@ -127,29 +137,38 @@ class ExportStage(Stage[ExportConfig]):
         from lmdistill.deployment.export import Limits, verify_deployment
 
         config = ctx.config
-        limits = Limits(config.max_kl_f32, config.max_kl_f16, config.min_top1, config.max_kl)
+        limits = Limits(config.max_kl_f32, config.max_kl_f16, config.min_top1, config.max_kl, config.max_abs_f32)
         verify_deployment(ctx.out, limits, ctx.one("model").model().path)
 
 
+def named_problem(stage: str, problem: LmdistillError) -> LmdistillError:
+    """A target's refusal with the stage's name in front."""
+    return PreflightError(f"stage '{stage}': {problem.what}", why=problem.why, fix=problem.fix)
+
+
 def _second_grid(ctx: PreflightContext[ExportConfig]) -> None:
-    """Raise PreflightError where weights trained on one grid would be put on another, or where no file holds them."""
-    from lmdistill.quantization.plan import PRESETS
+    """Raise PreflightError where weights trained on one grid would be put on another."""
     from lmdistill.quantization.planned import lies_on
 
-    preset = lies_on(ctx.one("model"))
+    model = ctx.one("model")
+    preset = lies_on(model)
     if preset is None:
         return
-    if preset not in PRESETS:
-        raise PreflightError(
-            f"stage '{ctx.name}': a GGUF file cannot hold a model trained on grid '{preset}'",
-            fix="export to the runtime that grid is for, or train on one of " + ", ".join(PRESETS),
-        )
-    if other := [name for name in ctx.config.formats if FORMATS[name].quantized and name != preset]:
-        raise PreflightError(
-            f"stage '{ctx.name}': `formats: {other[0]}` would quantise a model a second time",
-            why=f"its weights were trained on '{preset}' and lie there",
-            fix=f"set `formats: [{preset}]` (f32 and f16 may stand beside it), or export the model before `quantize`",
-        )
+    for target, names in by_target(ctx.config.formats).items():
+        packed, file = target.packed_formats(model, preset), target.suffix.removeprefix(".").upper()
+        if not packed and any(format_of(name).quantized for name in names):
+            raise PreflightError(
+                f"stage '{ctx.name}': a {file} file cannot hold a model trained on grid '{preset}'",
+                fix="export to the runtime that grid is for, or train on a grid that this one has",
+            )
+        if other := [name for name in names if format_of(name).quantized and name not in packed]:
+            beside = ", ".join(name for name in target.formats if not format_of(name).quantized)
+            raise PreflightError(
+                f"stage '{ctx.name}': `formats: {other[0]}` would quantise a model a second time",
+                why=f"its weights were trained on '{preset}' and lie there",
+                fix=f"set `formats: [{', '.join(packed)}]` ({beside} may stand beside it), or export the model before "
+                "`quantize`",
+            )
 
 
 def _needs_text(ctx: PreflightContext[ExportConfig]) -> None:
@@ -160,18 +179,41 @@ def _needs_text(ctx: PreflightContext[ExportConfig]) -> None:
         )
 
 
+def _converted(ctx: PreflightContext[ExportConfig]) -> None:
+    """Raise PreflightError where the checkpoint holds another program's packed integers."""
+    artefact = ctx.one("model").artefact
+    if artefact is None:
+        return
+    config = json.loads((artefact.model().path / "config.json").read_text("utf-8"))
+    if "quantization_config" in config:
+        raise PreflightError(
+            f"stage '{ctx.name}': the checkpoint {artefact.model().path} is converted: its weights are packed integers",
+            why=f"its config.json has quantization_config ({config['quantization_config'].get('quant_method', '?')})",
+            fix="export the prepared model: one that `distill` with `quantize:` leaves, or one in full precision",
+        )
+
+
+def _of_model(ctx: PreflightContext[ExportConfig], target: Target) -> None:
+    """Raise PreflightError, with the stage's name, where a target cannot have this model."""
+    try:
+        target.check_model(ctx.one("model"))
+    except LmdistillError as error:
+        raise named_problem(ctx.name, error) from error
+
+
 def _checks(ctx: PreflightContext[ExportConfig]) -> Iterator[Any]:
     """What can be tried before anything runs; each raises where the export would fail."""
-    from lmdistill.deployment.architectures import architecture_of
-    from lmdistill.deployment.llama_cpp_runtime import llama_library
     from lmdistill.deployment.planned import config_ahead
-    from lmdistill.deployment.vocabulary import check_tokenizer
 
-    yield llama_library
-    yield lambda: _second_grid(ctx)
+    targets, config = by_target(ctx.config.formats), config_ahead(ctx, "model")
     yield lambda: _needs_text(ctx)
-    if (config := config_ahead(ctx, "model")) is not None:
-        yield lambda: architecture_of(config)
-    if ctx.teacher is not None and (ctx.teacher.path / "tokenizer.json").is_file():
-        folder = ctx.teacher.path
-        yield lambda: check_tokenizer(folder)
+    yield lambda: _converted(ctx)
+    for target in targets:
+        yield target.check_runtime
+        yield partial(_of_model, ctx, target)
+    yield lambda: _second_grid(ctx)
+    for target, names in targets.items():
+        if config is not None:
+            yield partial(target.check_config, config, names, ctx.config.context)
+        if ctx.teacher is not None and (ctx.teacher.path / "tokenizer.json").is_file():
+            yield partial(target.check_tokenizer, ctx.teacher.path)

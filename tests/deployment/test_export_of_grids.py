@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from grid_models import on_grid
 from safetensors.torch import load_file, save_file
 
 from lmdistill.checkpoints import copy_tokenizer
@@ -23,8 +24,6 @@ from lmdistill.deployment.quantizer import quantize
 from lmdistill.errors import IntegrityError
 from lmdistill.pipeline.stage import Artefact, Planned, PreflightContext, Runtime, StageConfig, StageContext
 from lmdistill.quantization.keys import QuantizeKeys
-from lmdistill.quantization.placement import place
-from lmdistill.quantization.wanted import wanted
 from lmdistill.stages.export import ExportConfig, ExportStage
 from lmdistill.training.config import DistillConfig
 
@@ -45,18 +44,8 @@ def _context(model: Artefact, folder: Path, corpus: Artefact | None = None, **ke
     return StageContext("toy", config, inputs, None, folder / "out", folder / "work", runtime=Runtime(threads=1))
 
 
-def _on_grid(model: Path, folder: Path, keys: QuantizeKeys) -> Path:
-    folder.mkdir()
-    points, placement = place(load_file(model / "model.safetensors"), wanted(keys, read_config(model)))
-    save_file(points, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_bytes((model / "config.json").read_bytes())
-    copy_tokenizer(model, folder)
-    placement.save(folder)
-    return folder
-
-
 def test_a_model_on_its_grid_is_packed_and_every_weight_is_verified(toy: Any, tmp_path: Path) -> None:
-    model = _artefact(_on_grid(toy("lfm2"), tmp_path / "grid", QuantizeKeys(grid="q4_0")), tmp_path / "a")
+    model = _artefact(on_grid(toy("lfm2"), tmp_path / "grid", QuantizeKeys(grid="q4_0")), tmp_path / "a")
     context = _context(model, tmp_path / "run", formats=("q4_0",))
     metrics = STAGE.run(context)
     STAGE.verify(context, metrics)
@@ -84,7 +73,7 @@ def _refusals(model: Planned, tmp_path: Path, **keys: Any) -> list[str]:
 def test_a_second_quantisation_is_refused_before_anything_runs(toy: Any, tmp_path: Path) -> None:
     trained = _planned(None, DistillConfig.model_validate({"quantize": {"grid": "q4_0"}}))
     later = _planned(None, DistillConfig(loss="ce"), trained)
-    done = _artefact(_on_grid(toy("lfm2"), tmp_path / "grid", QuantizeKeys(grid="q4_0")), tmp_path / "a")
+    done = _artefact(on_grid(toy("lfm2"), tmp_path / "grid", QuantizeKeys(grid="q4_0")), tmp_path / "a")
     for model in (trained, later, _planned(done, DistillConfig())):
         [problem] = _refusals(model, tmp_path, formats=("f16", "q4_0", "q8_0"))
         assert "`formats: q8_0` would quantise a model a second time" in problem and "formats: [q4_0]" in problem
@@ -177,7 +166,7 @@ def test_the_record_names_the_importance_matrix_and_only_grids_have_one(
 def test_a_q4_0_file_that_llama_cpp_quantised_is_not_the_trained_one(toy: Any, tmp_path: Path) -> None:
     """What the proof is for: a second quantisation moves learned scales, and `verify` says so."""
     keys = QuantizeKeys(grid="q4_0")
-    model = _on_grid(toy("lfm2"), tmp_path / "grid", keys)
+    model = on_grid(toy("lfm2"), tmp_path / "grid", keys)
     weights = load_file(model / "model.safetensors")
     from lmdistill.quantization.placement import Placement
 

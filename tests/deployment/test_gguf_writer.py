@@ -14,6 +14,7 @@ from lmdistill.deployment.gguf_header import read_tensors
 from lmdistill.deployment.gguf_writer import read_config, write_gguf
 from lmdistill.deployment.llama_cpp_runtime import LlamaCppRuntime
 from lmdistill.deployment.parity import measure_parity, write_reference
+from lmdistill.deployment.targets.gguf import GgufTarget
 from lmdistill.errors import IntegrityError, PreflightError
 
 LLAMA3_ROPE = {
@@ -54,7 +55,8 @@ def test_file_computes_what_the_checkpoint_computes(case: str, toy: Any, sequenc
     for precision, bound in {"f32": 1e-9, "f16": 2e-5}.items() if case in ("llama", "lfm2") else [("f32", 1e-9)]:
         path = tmp_path / f"{precision}.gguf"
         write_gguf(folder, path, precision, name="toy", parent="0" * 64)  # type: ignore[arg-type]
-        parity = measure_parity(path, sequences, tmp_path / "reference", 1)
+        with GgufTarget().opened(path, max(map(len, sequences)), 1) as source:
+            parity = measure_parity(source, path.name, sequences, tmp_path / "reference")
         assert parity.mean_kl < bound, (case, precision, parity)
         assert parity.tokens == sum(map(len, sequences))
     weights = sum(tensor.weights for name, tensor in read_tensors(path).items() if name != "rope_freqs.weight")

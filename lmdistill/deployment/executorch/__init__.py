@@ -1,0 +1,1 @@
+"""Models as ExecuTorch programs (`.pte`) for the CPU: written, proven to hold the trained weights, and run."""
