@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from lmdistill.search.keys import DeviceSearchConfig
-    from lmdistill.search.profile import Profile
+    from lmdistill.search.profile import Profile, Request
     from lmdistill.search.space import Space
 
 
@@ -37,12 +37,7 @@ def profile_device(
     config, space = _search_of(recipe, overrides or [])
     asked = request_for(space, config.timing)
     if request is not None:
-        from lmdistill.search.portable import write_request
-
-        written, script = write_request(asked, request)
-        typer.echo(f"{written}: {len(asked.candidates)} shapes to time, as {config.timing.format}")
-        typer.echo("on the device: pip install llama-cpp-python gguf")
-        typer.echo(f"on the device: python {script.name} {written.name}")
+        _ask(asked, request)
         return
     from lmdistill.search.device import run
 
@@ -81,6 +76,16 @@ def _search_of(recipe: str, overrides: list[str]) -> tuple[DeviceSearchConfig, S
             "; ".join(what for what, _ in found), fix="; ".join(dict.fromkeys(fix for _, fix in found))
         )
     return config, space
+
+
+def _ask(asked: Request, folder: Path) -> None:
+    """Write what another device needs, and say what its owner does with it."""
+    from lmdistill.search.portable import write_request
+
+    written, script = write_request(asked, folder)
+    typer.echo(f"{written}: {len(asked.candidates)} shapes to time, as {asked.plan.format}")
+    typer.echo("on the device: pip install llama-cpp-python gguf")
+    typer.echo(f"on the device: python {script.name} {written.name}")
 
 
 def _judge(profile: Profile, config: DeviceSearchConfig, space: Space) -> None:

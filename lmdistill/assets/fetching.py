@@ -87,5 +87,5 @@ def _local(spec: AssetSpec) -> Path:
     raise AssetError(
         f"there is no file or folder {path}{nearest(path.name, names)}",
         why=f"looked in {folder}" if folder.is_dir() else f"the folder {folder} does not exist either",
-        fix="correct `source:` in the recipe",
+        fix="correct this path in the recipe",
     )

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lmdistill.asset_spec import AssetSpec
-from lmdistill.errors import AssetError, PreflightError
+from lmdistill.errors import PreflightError
 from lmdistill.pipeline.stage import AddedKey, Planned, RuntimeKey, Stage, StageConfig
 
 Identity = Callable[[AssetSpec], str]
@@ -62,16 +62,8 @@ def semantic(value: Any, identity: Identity) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [semantic(v, identity) for v in value]
     if isinstance(value, Path):
-        return {"asset": _identity_of_path(value, identity)}
+        return {"asset": identity(AssetSpec(source=str(value)))}
     return value.value if isinstance(value, Enum) else value
-
-
-def _identity_of_path(path: Path, identity: Identity) -> str:
-    """That of the file's content; the error where it is not there does not speak of a `source:`, for there is none."""
-    try:
-        return identity(AssetSpec(source=str(path)))
-    except AssetError as error:
-        raise AssetError(error.what, why=error.why, fix="correct that path in the recipe, or make the file") from error
 
 
 def assets_in(value: Any) -> list[AssetSpec]:

@@ -48,7 +48,7 @@ def test_a_missing_file(fresh: Chain, text: Path) -> None:
     fresh.change(str(text), str(text).replace("passages", "pasages"))
     message = fresh.fail()
     assert "there is no file or folder" in message and "did you mean 'passages.jsonl'?" in message
-    assert "do:  correct `source:` in the recipe" in message
+    assert "do:  correct this path in the recipe" in message
     assert not fresh.run_dir.exists()
 
 
