@@ -28,6 +28,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from grids import executorch
 from grids.text import check_heldout, whole_corpus
 from grids.ways import IMATRIX_TOKENS, LEARNED, WAYS, Way, best_ptq
 from machine import hardware
@@ -279,7 +280,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="the folder of a finished run of recipes/lfm_small.yaml")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--models", nargs="*", choices=["student", "smollm"], default=["student", "smollm"])
-    parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="*", choices=[*WAYS, executorch.NAME], default=list(WAYS))
     parser.add_argument("--steps", nargs="*", type=int, default=[50, 200, 500], help="of shipped grids")
     parser.add_argument("--learned-steps", nargs="*", type=int, default=[50, 200], help="of uniform grids and points")
     parser.add_argument("--heldout", type=int, default=4096, help="held-out tokens to score")
@@ -314,9 +315,11 @@ def _measure(arguments: argparse.Namespace, result: Figures) -> None:
     """Every way of every parent into `result`, which is written after each; OutOfTime where the time is up."""
     for parent in _parents(arguments, Deadline(arguments.minutes)):
         for name in arguments.ways:
-            steps = arguments.learned_steps if name in LEARNED else arguments.steps
-            found = {name: _one(parent, WAYS[name], steps)}
-            result["by_model"].setdefault(parent.name, {}).update(found)
+            if name == executorch.NAME:
+                result[name] = executorch.joined(result.get(name, {}), parent)
+            else:
+                steps = arguments.learned_steps if name in LEARNED else arguments.steps
+                result["by_model"].setdefault(parent.name, {})[name] = _one(parent, WAYS[name], steps)
             result |= result["by_model"].get("student", {})
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")
