@@ -43,7 +43,7 @@ class ChatModel:
                 fix="begin a new one, or export with a larger `context`",
             )
         ids: list[int] = []
-        said = ""
+        said = text = ""
         limit, ends = self._preset.max_tokens, self._tokenizer.ends
         for token in generate(self._runtime, prompt, self._preset, ends, limit):
             ids.append(token)
@@ -51,3 +51,4 @@ class ChatModel:
             if not text.endswith("\ufffd"):  # a character of several tokens that is not whole yet
                 yield text[len(said) :]
                 said = text
+        yield text[len(said) :]

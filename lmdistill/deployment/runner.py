@@ -16,7 +16,7 @@ PresetT = TypeVar("PresetT", bound=BaseModel)
 
 
 class Sampling(BaseModel):
-    """How a token is chosen, the part of a preset that every runtime has: all keys must be there, others are refused."""
+    """How a token is chosen: the part of a preset that every runtime has."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
