@@ -29,6 +29,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grids import executorch
 from grids.afterwards import untrained
 from grids.parent import Deadline, Figures, OutOfTime, Parent, Piece, summary
 from grids.text import check_heldout, training_corpus
@@ -71,7 +72,7 @@ def _plan(parents: Sequence[Parent], arguments: argparse.Namespace) -> str:
     lines, total = ["| model | piece | about |", "|---|---|---|"], 0.0
     for parent in parents:
         pieces: dict[str, Piece] = {}
-        for name in arguments.ways:
+        for name in (way for way in arguments.ways if way in WAYS):
             pieces |= {one.key: one for one in _pieces(parent, WAYS[name], _steps(name, arguments)).values()}
         for piece in parent.missing(list(pieces.values())):
             lines.append(f"| {parent.name} | {piece.key} | {piece.seconds:,.0f} s |")
@@ -90,7 +91,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--plan", action="store_true", help="say what is missing and how long it takes, and end")
     parser.add_argument("--models", nargs="*", choices=["student", "smollm"], default=["student", "smollm"])
-    parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="*", choices=[*WAYS, executorch.NAME], default=list(WAYS))
     parser.add_argument("--steps", nargs="*", type=int, default=[50, 200, 500], help="of shipped grids")
     parser.add_argument("--learned-steps", nargs="*", type=int, default=[50, 100], help="of uniform grids and points")
     parser.add_argument("--heldout", type=int, default=4096, help="held-out tokens to score")
@@ -126,7 +127,10 @@ def _measure(parents: Sequence[Parent], arguments: argparse.Namespace, result: F
     """Every way of every parent into `result`, which is written after each; OutOfTime where the time is up."""
     for name in arguments.ways:
         for parent in parents:
-            result["by_model"].setdefault(parent.name, {})[name] = _one(parent, WAYS[name], _steps(name, arguments))
+            if name == executorch.NAME:
+                result[name] = executorch.joined(result.get(name, {}), parent)
+            else:
+                result["by_model"].setdefault(parent.name, {})[name] = _one(parent, WAYS[name], _steps(name, arguments))
             result |= result["by_model"].get("student", {})
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lmdistill.deployment.executorch.generation import Sampling, generate
+from lmdistill.deployment.executorch.generation import generate
 from lmdistill.deployment.executorch.runtime import ExecutorchRuntime
 from lmdistill.deployment.executorch.shipped_tokenizer import ShippedTokenizer
-from lmdistill.deployment.runner import Message
+from lmdistill.deployment.runner import Message, Sampling
 from lmdistill.errors import LmdistillError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -22,11 +22,6 @@ class Preset(Sampling):
     threads: int | None = Field(ge=1)
     max_tokens: int = Field(ge=1)
     system: str | None
-
-    @property
-    def sampling(self) -> Sampling:
-        """The keys that decide an answer."""
-        return Sampling.model_validate({name: getattr(self, name) for name in Sampling.model_fields})
 
 
 class ChatModel:
@@ -48,11 +43,12 @@ class ChatModel:
                 fix="begin a new one, or export with a larger `context`",
             )
         ids: list[int] = []
-        said = ""
+        said = text = ""
         limit, ends = self._preset.max_tokens, self._tokenizer.ends
-        for token in generate(self._runtime, prompt, self._preset.sampling, ends, limit):
+        for token in generate(self._runtime, prompt, self._preset, ends, limit):
             ids.append(token)
             text = self._tokenizer.decode(ids)
             if not text.endswith("\ufffd"):  # a character of several tokens that is not whole yet
                 yield text[len(said) :]
                 said = text
+        yield text[len(said) :]

@@ -7,37 +7,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from lmdistill.deployment.llama_cpp_runtime import default_threads, llama_library
-from lmdistill.deployment.runner import Message
+from lmdistill.deployment.runner import Message, Sampling
 from lmdistill.deployment.template_parity import embedded_formatter
 from lmdistill.errors import LmdistillError
 
 PRESETS = Path(__file__).parent / "presets"
 
 
-class Preset(BaseModel):
+class Preset(Sampling):
     """Keys of a preset: all must be there, others are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     context: int = Field(ge=16)
     threads: int | None = Field(ge=1)
     batch: int = Field(ge=1)
     max_tokens: int = Field(ge=1)
     system: str | None
-    temperature: float = Field(ge=0)
-    top_k: int = Field(ge=0)
-    top_p: float = Field(gt=0, le=1)
-    min_p: float = Field(ge=0, le=1)
-    repeat_penalty: float = Field(gt=0)
-    seed: int | None
 
     def sampling(self) -> dict[str, Any]:
         """The keys that decide an answer, as llama-cpp-python names them."""
-        names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("max_tokens", *Sampling.model_fields)}
 
 
 class ChatModel:

@@ -7,12 +7,25 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lmdistill.errors import LmdistillError, nearest
 
 Message = dict[str, str]
 PresetT = TypeVar("PresetT", bound=BaseModel)
+
+
+class Sampling(BaseModel):
+    """How a token is chosen: the part of a preset that every runtime has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float = Field(ge=0)
+    top_k: int = Field(ge=0)
+    top_p: float = Field(gt=0, le=1)
+    min_p: float = Field(ge=0, le=1)
+    repeat_penalty: float = Field(gt=0)
+    seed: int | None
 
 
 class Answering(Protocol):

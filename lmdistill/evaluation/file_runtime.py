@@ -1,13 +1,13 @@
 """A file open in its own runtime, as the scorer and the device benchmarks use it.
 
-Axes: T tokens of a sequence, C tokens of a chunk, V vocabulary.
+Axes: T tokens of a sequence, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from lmdistill.deployment.targets import LogitSource
 from lmdistill.errors import StageError
 from lmdistill.evaluation.divergence import log_softmax_in_place
 
@@ -16,15 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class OpenFile(Protocol):
+class OpenFile(LogitSource, Protocol):
     """What a runtime of lmdistill.deployment offers."""
-
-    @property
-    def n_vocab(self) -> int:
-        """V."""
-
-    def logit_chunks(self, tokens_T: Sequence[int]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """(start, logits `[C, V]`) over one sequence."""
 
     def prefill_seconds(self, n: int) -> float:
         """Seconds to read a prompt."""

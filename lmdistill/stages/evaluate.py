@@ -90,6 +90,7 @@ class EvaluateStage(Stage[EvaluateConfig]):
         from lmdistill.evaluation.ptq_rows import missing_ptq
 
         found = [*_missing_runtimes(ctx), *_missing_split(ctx), *_missing_models(ctx), *_wrong_gates(ctx)]
+        found += _short_contexts(ctx)
         return [*found, *missing_ptq(ctx.name, ctx.inputs.get("deployments", ()))]
 
     def estimate(self, ctx: PreflightContext[EvaluateConfig]) -> Estimate:
@@ -182,6 +183,20 @@ def _runtimes(planned: Planned) -> set[str]:
 
     formats = _formats(planned.config)
     return {target_of(name).runtime for name in formats} if formats else {"llama.cpp"}
+
+
+def _short_contexts(ctx: PreflightContext[EvaluateConfig]) -> Iterable[LmdistillError]:
+    """Exports whose programs will hold fewer positions than are scored or timed at once."""
+    corpus, speed = ctx.ancestor("corpus"), ctx.config.speed
+    wanted = [int(getattr(corpus.config, "sequence_length", 0)) if corpus else 0]
+    wanted += [speed.prefill, speed.decode] if "speed" in ctx.config.metrics else []
+    for export in ctx.inputs.get("deployments", ()):
+        context = getattr(export.config, "context", None)
+        if context is not None and context < max(wanted) and "executorch" in _runtimes(export):
+            yield PreflightError(
+                f"stage '{ctx.name}' needs {max(wanted)} positions, the programs of '{export.name}' hold {context}",
+                fix=f"raise `context` of '{export.name}', or lower `speed`",
+            )
 
 
 def _wrong_gates(ctx: PreflightContext[EvaluateConfig]) -> Iterable[LmdistillError]:

@@ -36,7 +36,7 @@ class Weights(Protocol):
         """A tensor in float32."""
 
 
-class RmsNorm(nn.Module):
+class RmsNorm(nn.Module):  # type: ignore[misc]
     """x / rms(x) · weight over the last axis."""
 
     def __init__(self, weight_D: torch.Tensor, eps: float) -> None:
@@ -50,7 +50,7 @@ class RmsNorm(nn.Module):
         return hidden * torch.rsqrt(functional.linear(hidden * hidden, self.average) + self.eps) * self.weight
 
 
-class Attention(nn.Module):
+class Attention(nn.Module):  # type: ignore[misc]
     """Grouped-query attention over caches of keys and values `[C, K · D]`."""
 
     def __init__(self, layout: Layout, name: str, weights: Weights, context: int) -> None:
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         return self.out(seen_SE)
 
 
-class ShortConvolution(nn.Module):
+class ShortConvolution(nn.Module):  # type: ignore[misc]
     """LFM2's gated convolution along the sequence; the inputs it still needs wait in a state `[L − 1, E]`."""
 
     def __init__(self, name: str, weights: Weights) -> None:
@@ -102,7 +102,7 @@ class ShortConvolution(nn.Module):
         return self.out(self.gate_out(hidden_SE) * mixed_SE)
 
 
-class Block(nn.Module):
+class Block(nn.Module):  # type: ignore[misc]
     """An operator and an MLP, each on what its norm makes of the stream."""
 
     def __init__(self, layout: Layout, index: int, weights: Weights, context: int) -> None:
@@ -141,7 +141,7 @@ class Call:
         return heads_SxHD.view(-1, heads, D) * self.cos_S1D + swapped_SHD * self.sin_S1D
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module):  # type: ignore[misc]
     """A checkpoint's decoder over its own caches; batch of one."""
 
     def __init__(self, layout: Layout, weights: Weights, rope_CD: tuple[torch.Tensor, torch.Tensor]) -> None:

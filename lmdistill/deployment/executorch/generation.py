@@ -9,25 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+
+from lmdistill.deployment.runner import Sampling
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lmdistill.deployment.executorch.runtime import ExecutorchRuntime
-
-
-class Sampling(BaseModel):
-    """How a token is chosen: all keys must be there, others are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    temperature: float = Field(ge=0)
-    top_k: int = Field(ge=0)
-    top_p: float = Field(gt=0, le=1)
-    min_p: float = Field(ge=0, le=1)
-    repeat_penalty: float = Field(gt=0)
-    seed: int | None
 
 
 def choose(logits_V: NDArray[np.float32], before: Sequence[int], sampling: Sampling, draw: float) -> int:

@@ -92,15 +92,23 @@ def _refusals(architecture: Architecture) -> list[str]:
     return found
 
 
-def _llama_like(architecture: Architecture, **keys: Any) -> Layout:
+def _layout(architecture: Architecture, **names: Any) -> Layout:
+    """What all configurations call alike, and `names`."""
     config = architecture.config
     return Layout(
-        layers=("full_attention",) * int(config["num_hidden_layers"]),
         heads=int(config["num_attention_heads"]),
         kv_heads=int(config.get("num_key_value_heads") or config["num_attention_heads"]),
         head_dim=architecture.head_dim,
-        eps=float(config["rms_norm_eps"]),
         tied=architecture.tied,
+        **names,
+    )
+
+
+def _llama_like(architecture: Architecture, **keys: Any) -> Layout:
+    return _layout(
+        architecture,
+        layers=("full_attention",) * int(architecture.config["num_hidden_layers"]),
+        eps=float(architecture.config["rms_norm_eps"]),
         operator_norm="input_layernorm",
         mlp_norm="post_attention_layernorm",
         attention_out="o_proj",
@@ -132,14 +140,10 @@ def qwen3(architecture: Architecture) -> Layout:
 def lfm2(architecture: Architecture) -> Layout:
     """LFM2: a short convolution or attention in each layer."""
     assert isinstance(architecture, Lfm2)  # the class that this model type has
-    config = architecture.config
-    return Layout(
+    return _layout(
+        architecture,
         layers=tuple(architecture.layer_types),
-        heads=int(config["num_attention_heads"]),
-        kv_heads=int(config["num_key_value_heads"]),
-        head_dim=architecture.head_dim,
-        eps=float(config["norm_eps"]),
-        tied=architecture.tied,
+        eps=float(architecture.config["norm_eps"]),
         operator_norm="operator_norm",
         mlp_norm="ffn_norm",
         attention_out="out_proj",

@@ -108,12 +108,10 @@ def file_bits(format_name: str, architecture: Architecture) -> float:
 def weight_figures(placement: Placement, config: Mapping[str, Any], *, quantised: bool) -> dict[str, Any]:
     """For deployment.json: bits a weight, weights, and the matrices that are wider than the format's name says."""
     shapes = architecture_for_pte(config).tensors()
-    params, on_grids = sum(map(math.prod, shapes.values())), placement.on_grids()
-    bits = sum(
-        math.prod(shape) * (on_grids[name].bits_per_weight if placement.grids[name] == GRID else 32)
-        for name, shape in shapes.items()
-    )
-    wide = sorted(name for name, shape in shapes.items() if quantised and len(shape) == 2 and name not in on_grids)
+    params = sum(map(math.prod, shapes.values()))
+    packed = {name: placement.grid(name).bits_per_weight for name, kind in placement.grids.items() if kind == GRID}
+    bits = sum(math.prod(shape) * packed.get(name, 32) for name, shape in shapes.items())
+    wide = sorted(name for name, shape in shapes.items() if quantised and len(shape) == 2 and name not in packed)
     return {
         "bits_per_weight": round(bits / params, 4),
         "params": params,

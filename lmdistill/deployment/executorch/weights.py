@@ -42,7 +42,7 @@ class OnGrid:
         return self.codes_OI * steps_OI
 
 
-class GroupLinear(nn.Module):
+class GroupLinear(nn.Module):  # type: ignore[misc]
     """A linear layer on the 8da4w grid: activations rounded to 8 bits a token, weights from codes and scales."""
 
     def __init__(self, weights: OnGrid, bias: torch.Tensor | None) -> None:
@@ -72,7 +72,7 @@ class GroupLinear(nn.Module):
         return functional.linear(hidden_SI, weight_OI, self.bias)
 
 
-class GroupEmbedding(nn.Module):
+class GroupEmbedding(nn.Module):  # type: ignore[misc]
     """An embedding on the 8da4w grid, two codes a byte."""
 
     def __init__(self, weights: OnGrid) -> None:

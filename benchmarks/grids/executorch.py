@@ -1,0 +1,134 @@
+"""A parent as `.pte` programs beside llama.cpp's files.
+
+    python benchmarks/quantize.py runs/lfm_small --ways executorch
+
+Exactness: logits of pte_f32 against transformers', and a model on the 8da4w grid with scales of its own (those of least
+squared error, which no runtime would find again) packed and read back, every tensor. Size, share of the compute in
+XNNPACK, held-out loss, and prefill and decode in turns with llama.cpp's f32 and q4_0. Lowering is most of the time:
+some 8 CPU seconds a layer in float32 and twice that on the grid.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from grids.parent import Figures, Parent, Piece
+from lmdistill.checkpoints import load_model, save_model
+from lmdistill.deployment.export import RECORD, Export
+from lmdistill.deployment.llama_cpp_runtime import default_threads
+from lmdistill.deployment.targets import target_of
+from lmdistill.evaluation.runtimes import runtime_class
+from lmdistill.evaluation.speed import SpeedPlan, SpeedTarget, measure
+from lmdistill.pipeline.stage import ModelRef, SilentProgress
+from lmdistill.quantization.keys import QuantizeKeys
+from lmdistill.quantization.start import put_on_grids
+from lmdistill.quantization.wanted import wanted
+
+NAME = "executorch"
+FLOAT, SMALL = "pte_f32", "pte_8da4w_all"
+BESIDE = {FLOAT: "f32", SMALL: "q4_0"}  # what llama.cpp has of the same precision
+SPEED = SpeedPlan(prefill=512, decode=128, repeats=11, threads=default_threads())
+CONTEXT = 1024
+LOWERING = 1e-5  # seconds a parameter that f32, 8da4w and the packed model take together on two quiet cores
+
+
+def joined(before: Figures, parent: Parent) -> Figures:
+    """What is known of other parents with this one's figures; the student's are on top."""
+    by_model = before.get("by_model", {}) | {parent.name: figures(parent)}
+    return by_model.get("student", {}) | {"by_model": by_model}
+
+
+def figures(parent: Parent, speed: SpeedPlan = SPEED, context: int = CONTEXT) -> Figures:
+    """All figures of one parent that are there, made in order of their cost."""
+    formats = (*BESIDE.values(), *BESIDE)
+
+    def kept(key: str, make: Callable[[], Figures], seconds: float) -> Figures:
+        return parent.kept(Piece(f"{NAME}-{key}", make, seconds))
+
+    parent.kept(parent.spoken()["parent"])
+    lowering = LOWERING * parent.weights / 2
+    record = kept("export", lambda: _exported(parent, parent.folder, "plain", formats, context), lowering)
+    entries = {entry["format"]: entry for entry in record["files"]}
+    files = {name: _out(parent, "plain") / entry["file"] for name, entry in entries.items()}
+    packed = kept("packed", lambda: _packed(parent, context), lowering)
+    scores = {
+        name: kept(name, lambda name=name: _scored(parent, name, files[name]), 60)  # type: ignore[misc]
+        for name in (SMALL, BESIDE[SMALL])
+    }
+    rows = kept("speed", lambda: _speed(parent, files, speed), 120)["rows"]
+    return {
+        "fp32_max_abs": entries[FLOAT]["parity"]["max_abs"],
+        "fp32_mean_kl": entries[FLOAT]["parity"]["mean_kl"],
+        "delegated": {name: entries[name]["delegated"] for name in BESIDE},
+        "bit_equal": packed["bit_equal"] == packed["tensors"],
+        "tensors": packed["tensors"],
+        "packed_max_abs": packed["max_abs"],
+        "files": {name: _row(entries[name], scores.get(name, {}), rows[name]) for name in entries},
+        "over_llama_cpp": {
+            name: {kind: round(rows[name][kind]["median"] / rows[beside][kind]["median"], 3) for kind in _RATES}
+            for name, beside in BESIDE.items()
+        },
+        "threads": speed.threads,
+        "context": context,
+    }
+
+
+_RATES = ("prefill_tps", "decode_tps")
+
+
+def _out(parent: Parent, kind: str) -> Path:
+    return parent.work / f"{NAME}-{kind}" / "out"
+
+
+def _exported(parent: Parent, model: Path, kind: str, formats: tuple[str, ...], context: int) -> Figures:
+    """deployment.json of the parent's files, made and proven as the export stage does."""
+    out = _out(parent, kind)
+    out.mkdir(parents=True, exist_ok=True)
+    Export(
+        model=ModelRef(parent.name, model, "0" * 64),
+        name=parent.name,
+        formats=formats,
+        conversations=16,
+        parity_tokens=512,
+        out=out,
+        work=out.parent / "work",
+        context=context,
+    ).run(SilentProgress())
+    found: Figures = json.loads((out / RECORD).read_text())
+    return found
+
+
+def _packed(parent: Parent, context: int) -> Figures:
+    """The parent on the grid with fitted scales, packed into a program that must hold its very codes and scales."""
+    folder = parent.work / f"{NAME}-grid"
+    keys = QuantizeKeys(grid="8da4w", embeddings="8da4w", start="fitted", scales="fixed")
+    if not (folder / "grids" / "grids.json").exists():
+        model = load_model(parent.folder)
+        placement = wanted(keys, json.loads((parent.folder / "config.json").read_text()))
+        handle = put_on_grids(model, keys, placement, iter(()))
+        placed = handle.settle()
+        save_model(model, folder, parent.folder)
+        placed.save(folder)
+    [entry] = _exported(parent, folder, "packed", (SMALL,), context)["files"]
+    tensors = len(json.loads((folder / "grids" / "grids.json").read_text())["tensors"])
+    return {"bit_equal": entry["bit_equal"], "tensors": tensors, "max_abs": entry["parity"]["max_abs"]}
+
+
+def _scored(parent: Parent, name: str, file: Path) -> Figures:
+    opened = runtime_class(target_of(name).runtime).open(file, parent.options, exact=True)
+    return parent.scored(opened)
+
+
+def _speed(parent: Parent, files: dict[str, Path], plan: SpeedPlan) -> Figures:
+    """All files in turns."""
+    targets = [SpeedTarget(name, target_of(name).runtime, file) for name, file in files.items()]
+    return {"rows": measure(targets, plan, parent.work / f"{NAME}-logs")}
+
+
+def _row(entry: Figures, score: Figures, speed: Figures) -> Figures:
+    """One file as the page has it."""
+    rates = {kind: {key: round(speed[kind][key], 1) for key in ("median", "q1", "q3")} for kind in _RATES}
+    kept = {key: score[key] for key in ("kl", "nll") if key in score}
+    return {"bytes": entry["bytes"], **rates, "peak_rss_bytes": speed["peak_rss_bytes"], **kept}
