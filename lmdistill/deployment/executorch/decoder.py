@@ -60,7 +60,8 @@ class Attention(nn.Module):  # type: ignore[misc]
             self.add_module(part, weights.linear(f"{name}.{part}"))
         self.out = weights.linear(f"{name}.{layout.attention_out}")
         norms = [RmsNorm(weights.vector(f"{name}.{norm}"), layout.eps) for norm in layout.head_norms or ()]
-        self.q_norm, self.k_norm = norms or (nn.Identity(), nn.Identity())
+        self.q_norm: Any = norms[0] if norms else nn.Identity()
+        self.k_norm: Any = norms[1] if norms else nn.Identity()
         for cache in ("keys", "values"):
             self.register_buffer(cache, torch.zeros(context, layout.kv_heads * layout.head_dim))
 
