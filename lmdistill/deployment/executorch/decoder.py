@@ -14,7 +14,7 @@ K key/value heads, G heads that share one, D width of a head, L taps of a convol
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
