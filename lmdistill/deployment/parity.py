@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lmdistill.errors import IntegrityError
 
 if TYPE_CHECKING:
-    from lmdistill.deployment.targets import LogitSource
+    from lmdistill.deployment.logit_source import LogitSource
 
 TIE = 0.03  # nats: about three deviations of what f16 moves two logits apart; closer choices turn over now and then
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from lmdistill.deployment.targets import LogitSource
+from lmdistill.deployment.logit_source import LogitSource
 from lmdistill.errors import StageError
 from lmdistill.evaluation.divergence import log_softmax_in_place
 

@@ -91,4 +91,4 @@ def test_a_recipe_that_does_not_search_or_cannot_is_refused(recipe: Path) -> Non
     with pytest.raises(RecipeError, match="no teacher"):
         run(str(recipe))
     with pytest.raises(RecipeError, match="no search stage"):
-        run("smoke")
+        run("lfm_qad")

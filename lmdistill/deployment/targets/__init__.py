@@ -6,32 +6,19 @@ import importlib
 import importlib.util
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from lmdistill.deployment.formats import Format
 from lmdistill.errors import LmdistillError, PreflightError, nearest
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from lmdistill.deployment.export import Export
+    from lmdistill.deployment.logit_source import LogitSource
     from lmdistill.deployment.parity import Parity
     from lmdistill.pipeline.stage import Planned, Progress
-
-
-class LogitSource(Protocol):
-    """An open file that gives logits; rows of T tokens at a time, V of them each."""
-
-    @property
-    def n_vocab(self) -> int:
-        """V."""
-
-    def logit_chunks(self, tokens_T: Sequence[int]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """(start, logits `[C, V]`) over one sequence."""
 
 
 class Target(ABC):
