@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grids.text import captured
-from grids.ways import CACHE, IMATRIX_TOKENS, Way
+from grids.ways import CACHE, FLOPS, IMATRIX_TOKENS, Way
 from lmdistill.corpus.format import CorpusReader
 from lmdistill.evaluation.heldout import HeldOut, read_heldout
 from lmdistill.evaluation.references import Reference, ReferenceWriter
@@ -172,7 +172,7 @@ class Parent:
 
     def forward_seconds(self, tokens: int) -> float:
         """About how long a forward pass takes on two cores."""
-        return 1.0e-11 * self.weights * tokens
+        return 2 * self.weights * tokens / FLOPS
 
     @cached_property
     def training_text(self) -> list[list[int]]:
