@@ -13,7 +13,6 @@ from lmdistill.quantization.keys import QuantizeKeys
 from lmdistill.training.config import DistillConfig
 
 IMATRIX_TOKENS = START_TOKENS = 8_192  # that inputs are measured on, for importance matrices and before training
-ROW_TOKENS = 128  # of the text that is trained on
 WARMUP_STEPS, DECAY, CALM_STEPS = 5, 0.2, 10  # a training: up, level, and down in its last fifth; a line of the log
 FLOPS = 1.2e11  # of two cores with AVX2, in float32: 60.5e9 each, measured on SmolLM2's shapes
 PASSES, LEARNED_PASSES = 3e-9, 5e-9  # seconds a weight and step: onto the grid, AdamW; and back to its scales
@@ -40,6 +39,7 @@ class Way:
     preset: str  # `quantize.grid`
     keys: dict[str, Any]
     rows: int = 1  # of text in a step
+    row_tokens: int = 64  # of such a row
     training: dict[str, Any] = field(default_factory=lambda: TRAINING)
 
     @property
@@ -59,13 +59,13 @@ class Way:
     def step_seconds(self, weights: int) -> float:
         """About how long a step takes on two quiet cores: passes over all weights, and six operations a token."""
         passes = LEARNED_PASSES if self.keys.get("scales") == "learned" else PASSES
-        return weights * (passes + 6 * self.rows * ROW_TOKENS / FLOPS)
+        return weights * (passes + 6 * self.rows * self.row_tokens / FLOPS)
 
-    def config(self, steps: int, counts: Sequence[int], row_tokens: int = ROW_TOKENS) -> DistillConfig:
+    def config(self, steps: int, counts: Sequence[int]) -> DistillConfig:
         """A training of so many steps; those of all `counts` are the same up to where each goes down."""
         every = math.gcd(*(level_steps(count) for count in counts)) or 1
         keys = {
-            "tokens": steps * self.rows * row_tokens,
+            "tokens": steps * self.rows * self.row_tokens,
             "batch_rows": self.rows,
             "warmup": min(0.5, WARMUP_STEPS / steps),
             "checkpoint_steps": every,
@@ -80,8 +80,8 @@ def level_steps(count: int) -> int:
     return count - max(1, round(DECAY * count))
 
 
-def _shipped(name: str, preset: str, rows: int) -> Way:
-    return Way(name, preset, {"grid": preset, **SHIPPED}, rows)
+def _shipped(name: str, preset: str, **step: int) -> Way:
+    return Way(name, preset, {"grid": preset, **SHIPPED}, **step)
 
 
 def _narrow(name: str, grid: str, bits: int, **keys: Any) -> Way:
@@ -91,10 +91,10 @@ def _narrow(name: str, grid: str, bits: int, **keys: Any) -> Way:
 WAYS = {
     way.name: way
     for way in (
-        _shipped("Q4_0", "q4_0", rows=2),
+        _shipped("Q4_0", "q4_0", rows=2, row_tokens=128),
         # so near to its parent that products in bfloat16 would be the larger error, and large steps too
-        Way("Q8_0", "q8_0", {"grid": "q8_0"}, 1, TRAINING | {"precision": "float32", "lr": 3e-5}),
-        _shipped("8da4w", "8da4w", rows=1),
+        Way("Q8_0", "q8_0", {"grid": "q8_0"}, training=TRAINING | {"precision": "float32", "lr": 3e-5}),
+        _shipped("8da4w", "8da4w"),
         _narrow("uniform_2bit", "uniform", 2),
         _narrow("uniform_3bit", "uniform", 3),
         _narrow("learned_points_2bit", "points", 2, scales="learned"),
