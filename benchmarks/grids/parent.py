@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grids.text import captured
-from grids.ways import CACHE, IMATRIX_TOKENS, Way
+from grids.ways import CACHE, FLOPS, IMATRIX_TOKENS, Way
 from lmdistill.corpus.format import CorpusReader
 from lmdistill.evaluation.heldout import HeldOut, read_heldout
 from lmdistill.evaluation.references import Reference, ReferenceWriter
@@ -65,7 +65,7 @@ class Parent:
 
     name: str
     folder: Path
-    corpus: Path  # text to train on
+    corpora: Mapping[int, Path]  # text to train on, by the length of its rows
     scored_corpus: Path  # whose held-out text is scored
     work: Path
     tokens: int  # held-out ones to score
@@ -73,9 +73,8 @@ class Parent:
 
     def __post_init__(self) -> None:
         """Bind the figures to this model and text; IntegrityError where they are of others."""
-        bind(
-            self.work, {"model": self.digest, "text": CorpusReader(self.corpus).digest("train"), "heldout": self.split}
-        )
+        text = {str(length): CorpusReader(corpus).digest("train") for length, corpus in self.corpora.items()}
+        bind(self.work, {"model": self.digest, "text": text, "heldout": self.split})
 
     @cached_property
     def digest(self) -> str:
@@ -102,7 +101,8 @@ class Parent:
 
     def bound(self, way: Way) -> None:
         """Bind a way's figures to what the way is."""
-        bind(self.work / way.name, {"keys": way.keys, "training": way.training, "rows": way.rows})
+        step = {"rows": way.rows, "row_tokens": way.row_tokens}
+        bind(self.work / way.name, {"keys": way.keys, "training": way.training, **step})
 
     def missing(self, pieces: Sequence[Piece]) -> list[Piece]:
         """Those whose figures are not there."""
@@ -146,15 +146,17 @@ class Parent:
         """The parent's own predictions of what is scored."""
         return self.work / "reference.f32"
 
-    @property
-    def signals(self) -> Path:
-        """Those of what is trained on."""
-        return self.work / "signals" / "out"
+    def signals(self, way: Way) -> Path:
+        """Those of what is trained on, in rows as the way takes them."""
+        return self._signals(way) / "out"
 
-    def spoken(self) -> dict[str, Piece]:
+    def _signals(self, way: Way) -> Path:
+        return self.work / f"signals-{way.row_tokens}"
+
+    def spoken(self, way: Way) -> dict[str, Piece]:
         """Both, as pieces of work."""
-        model = ModelRef(self.name, self.folder, self.digest)
-        text = CorpusReader(self.corpus).meta.splits["train"].tokens
+        model, corpus = ModelRef(self.name, self.folder, self.digest), self.corpora[way.row_tokens]
+        text = CorpusReader(corpus).meta.splits["train"].tokens
 
         def measure() -> Figures:
             runtime = CheckpointRuntime.open(self.folder, self.options, exact=True)
@@ -162,22 +164,22 @@ class Parent:
                 return summarise(score(runtime, self.heldout, keep=writer))
 
         def capture() -> Figures:
-            captured(self.corpus, model, CACHE, self.work / "signals", self.deadline)
+            captured(corpus, model, CACHE, self._signals(way), self.deadline)
             return {"tokens": text}
 
         return {
             "parent": Piece("parent", measure, self.forward_seconds(self.tokens)),
-            "capture": Piece("capture", capture, self.forward_seconds(text)),
+            "capture": Piece(f"capture-{way.row_tokens}", capture, self.forward_seconds(text)),
         }
 
     def forward_seconds(self, tokens: int) -> float:
         """About how long a forward pass takes on two cores."""
-        return 1.0e-11 * self.weights * tokens
+        return 2 * self.weights * tokens / FLOPS
 
     @cached_property
     def training_text(self) -> list[list[int]]:
-        """The first rows of the training split, for importance matrices."""
-        rows = CorpusReader(self.corpus).split("train").tokens_RT
+        """The first of the longest rows of the training split, for importance matrices."""
+        rows = CorpusReader(self.corpora[max(self.corpora)]).split("train").tokens_RT
         return [[int(token) for token in row] for row in rows[: -(-IMATRIX_TOKENS // rows.shape[1])]]
 
     def file(self, way: Way, name: str) -> Path:

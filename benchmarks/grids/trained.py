@@ -46,8 +46,8 @@ def _trained(parent: Parent, way: Way, counts: Sequence[int], place: int) -> Fig
     folders = [parent.work / way.name / f"{each}-steps" for each in counts]
     folder = folders[place]
     _linked(parent.work / way.name / START, folder / "work" / START)
-    reader = SignalsReader(parent.signals, "train")
-    config = way.config(count, counts, reader.row_tokens)
+    reader = SignalsReader(parent.signals(way), "train")
+    config = way.config(count, counts)
     where = Place(parent.folder, folder / "model", folder / "work", "cpu", parent.digest)
     record = train(reader, config, where, parent.deadline)
     if place + 1 < len(counts):

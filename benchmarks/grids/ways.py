@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from lmdistill.quantization.keys import QuantizeKeys
 from lmdistill.training.config import DistillConfig
 
-IMATRIX_TOKENS = 16_384
-START_TOKENS = 8_192  # that inputs are measured on before training
-ROW_TOKENS = 128  # of the text that is trained on
+IMATRIX_TOKENS = START_TOKENS = 8_192  # that inputs are measured on, for importance matrices and before training
 WARMUP_STEPS, DECAY, CALM_STEPS = 5, 0.2, 10  # a training: up, level, and down in its last fifth; a line of the log
-SECONDS_A_WEIGHT, SECONDS_A_TOKEN = 5e-9, 3e-11  # of a step, measured
+FLOPS = 1.2e11  # of two cores with AVX2, in float32: 60.5e9 each, measured on SmolLM2's shapes
+PASSES, LEARNED_PASSES = 3e-9, 5e-9  # seconds a weight and step: onto the grid, AdamW; and back to its scales
 CACHE: dict[str, Any] = {"k": 1024, "precision": "float32"}  # what the parent says of that text, once for all ways
+# Without its instructions a processor imitates bfloat16, several times as slowly as it multiplies float32.
+PRECISION = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
 TRAINING: dict[str, Any] = {
     "loss": "decoupled_topk",
     "kd_weight": 1.0,
@@ -23,6 +26,7 @@ TRAINING: dict[str, Any] = {
     "schedule": "warmup_stable_decay",
     "decay": DECAY,
     "freeze": ["model.embed_tokens.*"],
+    "precision": PRECISION,
 }
 SHIPPED: dict[str, Any] = {"start": "compensated", "start_tokens": START_TOKENS, "scales": "learned"}
 
@@ -35,6 +39,7 @@ class Way:
     preset: str  # `quantize.grid`
     keys: dict[str, Any]
     rows: int = 1  # of text in a step
+    row_tokens: int = 64  # of such a row
     training: dict[str, Any] = field(default_factory=lambda: TRAINING)
 
     @property
@@ -52,14 +57,15 @@ class Way:
         return {"ptq": QuantizeKeys.model_validate(bare), "ptq_imatrix": weighted}
 
     def step_seconds(self, weights: int) -> float:
-        """About how long a step takes on two quiet cores: so much a weight, and so much a weight and token."""
-        return weights * (SECONDS_A_WEIGHT + SECONDS_A_TOKEN * self.rows * ROW_TOKENS)
+        """About how long a step takes on two quiet cores: passes over all weights, and six operations a token."""
+        passes = LEARNED_PASSES if self.keys.get("scales") == "learned" else PASSES
+        return weights * (passes + 6 * self.rows * self.row_tokens / FLOPS)
 
-    def config(self, steps: int, counts: Sequence[int], row_tokens: int = ROW_TOKENS) -> DistillConfig:
+    def config(self, steps: int, counts: Sequence[int]) -> DistillConfig:
         """A training of so many steps; those of all `counts` are the same up to where each goes down."""
         every = math.gcd(*(level_steps(count) for count in counts)) or 1
         keys = {
-            "tokens": steps * self.rows * row_tokens,
+            "tokens": steps * self.rows * self.row_tokens,
             "batch_rows": self.rows,
             "warmup": min(0.5, WARMUP_STEPS / steps),
             "checkpoint_steps": every,
@@ -74,8 +80,8 @@ def level_steps(count: int) -> int:
     return count - max(1, round(DECAY * count))
 
 
-def _shipped(name: str, preset: str, rows: int, **training: Any) -> Way:
-    return Way(name, preset, {"grid": preset, **SHIPPED}, rows, TRAINING | training)
+def _shipped(name: str, preset: str, **step: int) -> Way:
+    return Way(name, preset, {"grid": preset, **SHIPPED}, **step)
 
 
 def _narrow(name: str, grid: str, bits: int, **keys: Any) -> Way:
@@ -85,10 +91,10 @@ def _narrow(name: str, grid: str, bits: int, **keys: Any) -> Way:
 WAYS = {
     way.name: way
     for way in (
-        _shipped("Q4_0", "q4_0", rows=2),
-        # so near to its parent that products in bfloat16 would be the larger error
-        _shipped("Q8_0", "q8_0", rows=1, precision="float32", lr=3e-5),
-        _shipped("8da4w", "8da4w", rows=1),
+        _shipped("Q4_0", "q4_0", rows=2, row_tokens=128),
+        # so near to its parent that products in bfloat16 would be the larger error, and large steps too
+        Way("Q8_0", "q8_0", {"grid": "q8_0"}, training=TRAINING | {"precision": "float32", "lr": 3e-5}),
+        _shipped("8da4w", "8da4w"),
         _narrow("uniform_2bit", "uniform", 2),
         _narrow("uniform_3bit", "uniform", 3),
         _narrow("learned_points_2bit", "points", 2, scales="learned"),

@@ -43,12 +43,12 @@ def run(world: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model, corpus = world
 
     def parents(arguments: Any, deadline: quantize.Deadline) -> list[quantize.Parent]:
-        return [quantize.Parent("student", model, corpus, corpus, arguments.work, arguments.heldout, deadline)]
+        return [quantize.Parent("student", model, {32: corpus}, corpus, arguments.work, arguments.heldout, deadline)]
 
     monkeypatch.setattr(quantize, "_parents", parents)
     monkeypatch.setitem(ways.CACHE, "k", 8)
     monkeypatch.setattr(ways, "WARMUP_STEPS", 1)
-    quick = {"training": ways.TRAINING | {"precision": "float32"}, "rows": 4}
+    quick = {"training": ways.TRAINING | {"precision": "float32"}, "rows": 4, "row_tokens": 32}
     for name, way in quantize.WAYS.items():
         monkeypatch.setitem(quantize.WAYS, name, replace(way, **quick))
 
@@ -105,7 +105,7 @@ def test_a_count_takes_over_what_a_smaller_one_has_done_and_ends_where_it_would_
 def test_a_plan_says_what_is_missing(run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     run("--plan", "--ways", "Q4_0")
     lines = capsys.readouterr().out.splitlines()
-    pieces = ["parent", "capture", "Q4_0/ptq", "Q4_0/ptq_imatrix", "Q4_0/start", "Q4_0/qad-5", "Q4_0/qad-10"]
+    pieces = ["parent", "capture-32", "Q4_0/ptq", "Q4_0/ptq_imatrix", "Q4_0/start", "Q4_0/qad-5", "Q4_0/qad-10"]
     assert [line.split(" | ")[1] for line in lines[2:-1]] == pieces
     assert "min on two quiet cores" in lines[-1]
 
