@@ -99,7 +99,7 @@ def test_a_source_that_is_no_gguf_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_unknown_format_names_the_nearest() -> None:
-    with pytest.raises(ValidationError, match=r"no GGUF format 'q4_k_x' \(there are f32, .*\); did you mean 'q4_k_"):
+    with pytest.raises(ValidationError, match=r"no format 'q4_k_x' \(there are f32, .*\); did you mean 'q4_k_"):
         ExportConfig(formats=("q4_k_x",))
     with pytest.raises(ValidationError, match="at least 1 item"):
         ExportConfig(formats=())

@@ -1,7 +1,8 @@
 """The digits of a small run, pinned: artefacts already made with these losses stay what a new run would make.
 
 Where one of these tests fails and the change is meant, `distill`'s `version` must rise with it. On a processor whose
-kernels round otherwise than those of the machine that the figures come from, they are held to float32's tolerance.
+kernels round otherwise than those of the machine that the figures come from, or that has others, they are held to
+float32's tolerance.
 
 Axes: N positions, V vocabulary, K cached entries, D hidden width.
 """
@@ -19,6 +20,7 @@ from lmdistill.losses.fused_head import Mix, fused_head_loss
 from lmdistill.losses.registry import LossOptions, Targets
 
 N, V, K, D, STEPS = 24, 160, 6, 16, 4
+CAPABILITY = "AVX512"  # of the machine that the figures come from
 KERNELS = {torch.float32: "0x1.eb46fc0000000p+6", torch.bfloat16: "0x1.eb46c00000000p+6"}  # of `_kernels`
 PINNED = {
     ("decoupled_topk", 1.0, torch.float32): [
@@ -105,7 +107,7 @@ def _run(name: str, temperature: float, dtype: torch.dtype) -> list[str]:
 @pytest.mark.parametrize("case", PINNED, ids=lambda case: f"{case[0]}-{case[1]:.0f}-{str(case[2])[6:]}")
 def test_the_digits_of_a_small_run_stay(case: tuple[str, float, torch.dtype]) -> None:
     found, dtype = _run(*case), case[2]
-    if _kernels(dtype) == KERNELS[dtype]:
+    if torch.backends.cpu.get_cpu_capability() == CAPABILITY and _kernels(dtype) == KERNELS[dtype]:
         assert found == PINNED[case]
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     for mine, pinned in zip(found, PINNED[case], strict=True):

@@ -82,7 +82,7 @@ def test_a_top_k_of_the_whole_vocabulary_says_the_same(name: str, seed: int, voc
     live = _fused(name, hidden_ND, head_VD, targets, LossOptions())
     cells = _fused(FULL[name], hidden_ND, head_VD, whole, LossOptions())
     # what the smallest mass is differs a little: several ids are one cell there, and it is taken before normalising
-    near = 0.03 if padding else 1e-4
+    near = 0.06 if padding else 1e-4
     torch.testing.assert_close(live[0], cells[0], rtol=near, atol=1e-5)
     for one, other in zip(live[1:], cells[1:], strict=True):
         scale = other.abs().max().clamp_min(1.0)

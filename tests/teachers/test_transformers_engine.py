@@ -10,6 +10,7 @@ from teachers_toys import VOCAB, save_toy
 from lmdistill.checkpoints import load_model
 from lmdistill.corpus.format import document_positions
 from lmdistill.errors import LmdistillError
+from lmdistill.precision import products_in
 from lmdistill.teachers.engine import EngineOptions
 from lmdistill.teachers.registry import create_engine
 
@@ -26,8 +27,11 @@ def opened(teacher, **options):
 
 
 def plain(teacher, tokens, dtype="float32"):
+    model = load_model(teacher.path, dtype)
+    if products_in(dtype, "cpu") == "float32":
+        model.float()
     with torch.inference_mode():
-        logits = load_model(teacher.path, dtype)(torch.from_numpy(tokens).long()).logits[..., :VOCAB]
+        logits = model(torch.from_numpy(tokens).long()).logits[..., :VOCAB]
     return logits.double().log_softmax(-1)
 
 
