@@ -59,8 +59,10 @@ class Attention(nn.Module):  # type: ignore[misc]
         for part in ("q_proj", "k_proj", "v_proj"):
             self.add_module(part, weights.linear(f"{name}.{part}"))
         self.out = weights.linear(f"{name}.{layout.attention_out}")
-        norms = [RmsNorm(weights.vector(f"{name}.{norm}"), layout.eps) for norm in layout.head_norms or ()]
-        self.q_norm, self.k_norm = norms or (nn.Identity(), nn.Identity())
+        norms: list[nn.Module] = [
+            RmsNorm(weights.vector(f"{name}.{norm}"), layout.eps) for norm in layout.head_norms or ()
+        ]
+        self.q_norm, self.k_norm = norms if norms else [nn.Identity(), nn.Identity()]
         for cache in ("keys", "values"):
             self.register_buffer(cache, torch.zeros(context, layout.kv_heads * layout.head_dim))
 

@@ -65,14 +65,14 @@ class ExecutorchTarget(Target):
             raise PreflightError(f"{folder} has no tokenizer.json", fix="save a fast tokenizer there")
         return None
 
-    def check_model(self, model: Planned) -> object:
+    def check_model(self, model: Planned) -> None:
         """Raise PreflightError for scales or groups that XNNPACK does not have."""
         from lmdistill.deployment.executorch.places import check_checkpoint, check_grid_options
 
         if model.artefact is not None:
-            return check_checkpoint(model.artefact.model().path)
-        keys = getattr(model.config, "quantize", None)
-        return None if keys is None or keys.grid != "8da4w" else check_grid_options(keys.options())
+            check_checkpoint(model.artefact.model().path)
+        elif (keys := getattr(model.config, "quantize", None)) is not None and keys.grid == "8da4w":
+            check_grid_options(keys.options())
 
     def packed_formats(self, model: Planned, preset: str) -> tuple[str, ...]:
         """8da4w, with embeddings on the grid or not as they were trained."""
@@ -140,7 +140,7 @@ class ExecutorchTarget(Target):
         checked = self.verify_weights(export.file(format_), export.model.path, format_)
         placement = self._placement(export, format_)
         figures = weight_figures(placement, read_config(export.model.path), quantised=format_.quantized)
-        made = json.loads(self._record(export, format_).read_text("utf-8"))
+        made: dict[str, Any] = json.loads(self._record(export, format_).read_text("utf-8"))
         if format_.quantized and export.placement is None:
             return figures | made  # put on the grid here: no trained weights to equal
         return figures | made | ({"note": "trained on its grid"} if format_.quantized else {}) | {"bit_equal": checked}
