@@ -14,7 +14,7 @@ K key/value heads, G heads that share one, D width of a head, L taps of a convol
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -59,9 +59,10 @@ class Attention(nn.Module):  # type: ignore[misc]
         for part in ("q_proj", "k_proj", "v_proj"):
             self.add_module(part, weights.linear(f"{name}.{part}"))
         self.out = weights.linear(f"{name}.{layout.attention_out}")
-        norms = [RmsNorm(weights.vector(f"{name}.{norm}"), layout.eps) for norm in layout.head_norms or ()]
-        self.q_norm: Any = norms[0] if norms else nn.Identity()
-        self.k_norm: Any = norms[1] if norms else nn.Identity()
+        norms: list[nn.Module] = [
+            RmsNorm(weights.vector(f"{name}.{norm}"), layout.eps) for norm in layout.head_norms or ()
+        ]
+        self.q_norm, self.k_norm = norms if norms else [nn.Identity(), nn.Identity()]
         for cache in ("keys", "values"):
             self.register_buffer(cache, torch.zeros(context, layout.kv_heads * layout.head_dim))
 

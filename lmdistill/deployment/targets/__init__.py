@@ -51,9 +51,8 @@ class Target(ABC):
     def check_tokenizer(self, folder: Path) -> object:
         """Raise PreflightError where the runtime cannot have this tokenizer."""
 
-    def check_model(self, model: Planned) -> object:
+    def check_model(self, model: Planned) -> None:  # noqa: B027 (most targets have nothing against a model)
         """Raise PreflightError where what is known of the model before it is made stands against its export."""
-        return None
 
     @abstractmethod
     def packed_formats(self, model: Planned, preset: str) -> tuple[str, ...]:

@@ -65,16 +65,14 @@ class ExecutorchTarget(Target):
             raise PreflightError(f"{folder} has no tokenizer.json", fix="save a fast tokenizer there")
         return None
 
-    def check_model(self, model: Planned) -> object:
+    def check_model(self, model: Planned) -> None:
         """Raise PreflightError for scales or groups that XNNPACK does not have."""
         from lmdistill.deployment.executorch.places import check_checkpoint, check_grid_options
 
-        keys = getattr(model.config, "quantize", None)
         if model.artefact is not None:
             check_checkpoint(model.artefact.model().path)
-        elif keys is not None and keys.grid == "8da4w":
+        elif (keys := getattr(model.config, "quantize", None)) is not None and keys.grid == "8da4w":
             check_grid_options(keys.options())
-        return None
 
     def packed_formats(self, model: Planned, preset: str) -> tuple[str, ...]:
         """8da4w, with embeddings on the grid or not as they were trained."""
@@ -149,8 +147,7 @@ class ExecutorchTarget(Target):
 
     def parity_entry(self, parity: Parity) -> dict[str, Any]:
         """With the farthest logit."""
-        row: dict[str, Any] = parity.to_json()
-        return row | {"max_abs": float(f"{parity.max_abs:.6g}")}
+        return parity.to_json() | {"max_abs": float(f"{parity.max_abs:.6g}")}
 
     def prove_tokenizer(self, export: Export, formats: Sequence[Format]) -> dict[str, Any]:
         """What is shipped, read without transformers, gives the checkpoint's ids and renders its template."""
