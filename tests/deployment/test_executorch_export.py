@@ -235,6 +235,21 @@ def test_finished_models_are_looked_at(
     assert reason in problem
 
 
+def test_programs_too_short_for_what_is_scored_or_timed_are_named_before_anything_runs(tmp_path: Path) -> None:
+    """512 tokens of a prompt are timed where nothing else is said."""
+    from lmdistill.stages.evaluate import EvaluateConfig, EvaluateStage
+
+    def problems(context: int) -> list[str]:
+        keys = ExportConfig(formats=("pte_f32",), context=context)
+        files = Planned("files", "export", "deployment", "e" * 64, keys)
+        ctx = PreflightContext("evaluate", EvaluateConfig(), {"deployments": [files]}, None, tmp_path)
+        return [str(one) for one in EvaluateStage().preflight(ctx) if "positions" in str(one)]
+
+    assert problems(512) == []
+    [problem] = problems(256)
+    assert "needs 512 positions, the programs of 'files' hold 256" in problem
+
+
 def test_without_executorch_the_fix_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
