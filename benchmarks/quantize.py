@@ -13,8 +13,7 @@ the most steps.
 
 Every figure is kept in runs/quantize_benchmark as soon as it is there, and a training goes on from its last checkpoint:
 `--minutes` ends a piece, the same command goes on. `--plan` says what is missing and about how long each piece takes:
-about 110 minutes in all on two quiet cores with AVX2, 40 of them Q4_0 (reckoned from operations and passes over
-weights).
+about 110 minutes in all on two quiet cores with AVX2, 40 of them Q4_0 (reckoned from operations, not yet measured).
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grids import executorch
 from grids.afterwards import untrained
 from grids.parent import Deadline, Figures, OutOfTime, Parent, Piece, summary
 from grids.text import check_heldout, training_corpus
@@ -74,7 +72,7 @@ def _plan(parents: Sequence[Parent], arguments: argparse.Namespace) -> str:
     lines, total = ["| model | piece | about |", "|---|---|---|"], 0.0
     for parent in parents:
         pieces: dict[str, Piece] = {}
-        for name in (way for way in arguments.ways if way in WAYS):
+        for name in arguments.ways:
             pieces |= {one.key: one for one in _pieces(parent, WAYS[name], _steps(name, arguments)).values()}
         for piece in parent.missing(list(pieces.values())):
             lines.append(f"| {parent.name} | {piece.key} | {piece.seconds:,.0f} s |")
@@ -93,7 +91,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--plan", action="store_true", help="say what is missing and how long it takes, and end")
     parser.add_argument("--models", nargs="*", choices=["student", "smollm"], default=["student", "smollm"])
-    parser.add_argument("--ways", nargs="*", choices=[*WAYS, executorch.NAME], default=list(WAYS))
+    parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--steps", nargs="*", type=int, default=[50, 200, 500], help="of shipped grids")
     parser.add_argument("--learned-steps", nargs="*", type=int, default=[50], help="of uniform grids and points")
     parser.add_argument("--heldout", type=int, default=2048, help="held-out tokens to score")
@@ -132,10 +130,7 @@ def _measure(parents: Sequence[Parent], arguments: argparse.Namespace, result: F
     """Every way of every parent into `result`, which is written after each; OutOfTime where the time is up."""
     for name in arguments.ways:
         for parent in parents:
-            if name == executorch.NAME:
-                result[name] = executorch.joined(result.get(name, {}), parent)
-            else:
-                result["by_model"].setdefault(parent.name, {})[name] = _one(parent, WAYS[name], _steps(name, arguments))
+            result["by_model"].setdefault(parent.name, {})[name] = _one(parent, WAYS[name], _steps(name, arguments))
             result |= result["by_model"].get("student", {})
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")
