@@ -1,6 +1,6 @@
 """What share of a program's compute runs in XNNPACK, counted on the lowered graph.
 
-A program whose operators were silently left to the portable kernels runs, and is fifty times slower. So the share is
+A program whose operators were silently left to the portable kernels runs, and is many times slower. So the share is
 measured: multiplications and additions of matrix products, one operation an element of everything else that computes,
 at the sizes the program was traced with. Views and symbolic sizes are no compute.
 
