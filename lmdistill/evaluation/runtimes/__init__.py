@@ -72,7 +72,7 @@ def runtime(name: str) -> Callable[[type[ClassT]], type[ClassT]]:
 
 def runtime_class(name: str) -> RuntimeClass:
     """The runtime called `name`; raises PreflightError with the known names."""
-    if not _registry:
+    if name not in _registry:  # some may be there already: a runtime's module can be imported by itself
         for module in pkgutil.iter_modules(__path__):
             importlib.import_module(f"{__name__}.{module.name}")
     if name not in _registry:
