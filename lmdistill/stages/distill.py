@@ -22,7 +22,7 @@ class DistillStage(Stage[DistillConfig]):
     """Signals and a student in, a trained model out."""
 
     name = "distill"
-    version = 4
+    version = 5
     Config = DistillConfig
     inputs = (Input("signals", ("signals",)), Input("student", ("model", "student")))
     output = "model"

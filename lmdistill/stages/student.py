@@ -63,7 +63,7 @@ class StudentStage(Stage[StudentConfig]):
     """Corpus (for calibration) and teacher in, an untrained or barely fitted student out."""
 
     name = "student"
-    version = 2
+    version = 3
     Config = StudentConfig
     inputs = (Input("corpus", ("corpus",)),)
     output = "student"

@@ -126,7 +126,7 @@ class TeachStage(Stage[TeachConfig]):
     """corpus → signals."""
 
     name = "teach"
-    version = 3
+    version = 4
     Config = TeachConfig
     inputs = (Input("corpus", ("corpus",)),)
     output = "signals"

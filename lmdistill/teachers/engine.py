@@ -43,6 +43,7 @@ class EngineOptions:
     device: str = "cpu"
     threads: int | None = None
     isolate: bool = False  # rows hold several documents that must not see each other
+    finer_products: bool = True  # in float32 where the CPU has no instructions for bfloat16; see precision.py
     load_in: str | None = None  # nf4 | int8: linear layers in so few bits, for engines that can
     hidden_layers: tuple[int, ...] = ()  # hidden states asked for: 0 the embeddings, n what block n gives on
     row_tokens: int = 2048  # the longest row, for engines that must make room for it

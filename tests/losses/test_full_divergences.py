@@ -51,17 +51,22 @@ def test_every_live_loss_but_full_kl_is_held_to_these_properties_and_begins_with
     assert live == {name for name in registry.catalogue() if name.startswith("full_")}  # what DistillConfig.live reads
 
 
+LEAST = torch.tensor(torch.finfo(torch.float32).tiny).log().item()  # of an id that the teacher has not
+
+
 @settings(max_examples=120, deadline=None)
-@given(NAMES, SEEDS, VOCABS, OPTIONS)
+@given(NAMES, SEEDS, VOCABS, st.integers(0, 3), OPTIONS)
 def test_loss_and_gradients_are_within_1e5_of_float64_autograds(
-    name: str, seed: int, vocab: int, options: LossOptions
+    name: str, seed: int, vocab: int, padding: int, options: LossOptions
 ) -> None:
-    hidden_ND, head_VD, targets = _case(seed, vocab)
+    """Ids that only the student has included: each by itself, with the smallest mass there is."""
+    hidden_ND, head_VD, targets = _case(seed, vocab, padding)
     found = _fused(name, hidden_ND, head_VD, targets, options)
     assert targets.live is not None
     exact = hidden_ND.double().requires_grad_(), head_VD.double().requires_grad_()
     teacher = LiveTeacher(targets.live.hidden_ND.double(), targets.live.head_VD.double())
     log_p_NV, log_q_NV = teacher.logits().log_softmax(-1), (exact[0] @ exact[1].T).log_softmax(-1)
+    log_p_NV = torch.nn.functional.pad(log_p_NV, (0, padding), value=LEAST)
     total = DIVERGENCES[FULL[name]](log_p_NV, log_q_NV, options).sum()
     total.backward()
     assert found[0].item() == pytest.approx(total.item(), rel=1e-5, abs=1e-6)
@@ -70,10 +75,13 @@ def test_loss_and_gradients_are_within_1e5_of_float64_autograds(
         assert (ours.double() - theirs.grad).abs().max() <= 1e-5 * theirs.grad.abs().max() + 1e-7
 
 
-@settings(max_examples=60, deadline=None)
-@given(NAMES, SEEDS, VOCABS, st.integers(0, 3))
+@settings(max_examples=120, deadline=None)
+@given(NAMES, SEEDS, VOCABS, st.integers(0, 1))
 def test_a_top_k_of_the_whole_vocabulary_says_the_same(name: str, seed: int, vocab: int, padding: int) -> None:
-    """Also of ids that only the student has: there they are the rest, which the teacher gives no mass."""
+    """Also of an id that only the student has: there it is the rest, which the teacher gives no mass.
+
+    Of several such ids the rest is their sum, and a reverse KL is coarser by their own entropy: see the test above.
+    """
     hidden_ND, head_VD, targets = _case(seed, vocab, padding)
     assert targets.live is not None
     logp_NV = targets.live.logits().log_softmax(-1)
@@ -81,8 +89,7 @@ def test_a_top_k_of_the_whole_vocabulary_says_the_same(name: str, seed: int, voc
     whole = replace(targets, ids_NK=ids_NV, logp_NK=logp_NV, tail_N=torch.full((N,), -torch.inf), live=None)
     live = _fused(name, hidden_ND, head_VD, targets, LossOptions())
     cells = _fused(FULL[name], hidden_ND, head_VD, whole, LossOptions())
-    # what the smallest mass is differs a little: several ids are one cell there, and it is taken before normalising
-    near = 0.06 if padding else 1e-4
+    near = 0.03 if padding else 1e-4  # what the smallest mass is differs a little: it is taken before normalising there
     torch.testing.assert_close(live[0], cells[0], rtol=near, atol=1e-5)
     for one, other in zip(live[1:], cells[1:], strict=True):
         scale = other.abs().max().clamp_min(1.0)

@@ -87,7 +87,7 @@ def test_in_bfloat16_the_references_own_rounding_is_the_measure(toy, tmp_path):
     """The reference in bfloat16 passes; the same with one unlikely mistake everywhere does not, by its mean."""
     proof, options, expected = expected_in("bfloat16", toy, tmp_path)
     assert 0 < expected.mean_bound < expected.bound < 1
-    rounded = open_reference(toy, options)
+    rounded = open_reference(toy, replace(options, finer_products=False))
     proof.settle(rounded, expected)
     figures = json.loads(proof.record.read_text())
     assert figures["max_delta_logprob"] == pytest.approx(expected.bound / 3)
@@ -97,6 +97,16 @@ def test_in_bfloat16_the_references_own_rounding_is_the_measure(toy, tmp_path):
     assert 4 * expected.mean_bound < expected.bound
     with pytest.raises(IntegrityError, match="on average"):
         compare(off, expected.top_k, expected.bound, expected.mean_bound)
+
+
+def test_the_measure_is_rounding_to_bfloat16_on_every_cpu(toy, tmp_path, monkeypatch):
+    """A teacher that is scored in float32, where the CPU has no bfloat16, makes no other engine's bound tighter."""
+    bounds = []
+    for has_bfloat16 in (True, False):
+        monkeypatch.setattr("lmdistill.precision._cpu_has_bfloat16", lambda has=has_bfloat16: has)
+        expected = expected_in("bfloat16", toy, tmp_path)[2]
+        bounds.append((expected.bound, expected.mean_bound))
+    assert bounds[0] == bounds[1]
 
 
 def test_a_bound_of_ones_own_counts_alone(toy, tmp_path):
