@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import hardware
+from searching.bench import bind
 
 RESULTS = Path(__file__).parent / "results"
 RESULT, LATENCY = RESULTS / "search.json", RESULTS / "search_latency.json"
@@ -43,6 +44,8 @@ def main() -> None:
         return
     begun, deadline = hardware(), time.monotonic() + 60 * args.minutes
     args.store.mkdir(parents=True, exist_ok=True)
+    if args.minutes > 0 or any((args.store / f"{piece}.json").exists() for piece in PIECES):
+        bind(args)
     for piece in PIECES:
         if not (args.store / f"{piece}.json").exists() and (left := deadline - time.monotonic()) > 1:
             command = [sys.executable, __file__, *sys.argv[1:], "--piece", piece]

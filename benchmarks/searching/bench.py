@@ -22,15 +22,28 @@ from lmdistill.search.heldout import HeldOutLoss, TrainingRows
 from lmdistill.training.config import DistillConfig
 
 FATES = {"full": "attention", "local": "conv"}
+KINDS = {"corpus": "corpus", "teach": "signals", "search": "student", "distill": "model"}
 
 
 def artefact(run: Path, stage: str, kind: str) -> Artefact:
     """The newest finished artefact of a stage in a run folder."""
-    found = sorted(run.resolve().glob(f"[0-9]*-{stage}-*"))
+    found = sorted(run.resolve().glob(f"[0-9]*-{stage}-*/manifest.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise SystemExit(f"{run} has no finished '{stage}': run recipes/lfm_search.yaml first")
-    digest = json.loads((found[-1] / "manifest.json").read_text()).get("fingerprint", found[-1].name)
-    return Artefact(stage, stage, kind, digest, found[-1])
+    digest = json.loads(found[-1].read_text()).get("fingerprint", found[-1].parent.name)
+    return Artefact(stage, stage, kind, digest, found[-1].parent)
+
+
+def bind(args: argparse.Namespace) -> None:
+    """Tie the store to the run and to what is asked of it; raises SystemExit where it is another's."""
+    asked = {name: getattr(args, name) for name in ("random", "short", "short_tokens", "heldout")}
+    asked |= {stage: artefact(args.run, stage, kind).fingerprint for stage, kind in KINDS.items()}
+    path = args.store / "of.json"
+    if not path.exists():
+        write_json(path, asked)
+    elif (kept := json.loads(path.read_text())) != asked:
+        unlike = ", ".join(name for name in asked if kept.get(name) != asked[name])
+        raise SystemExit(f"{args.store} holds pieces of another {unlike}: name another --store, or delete it")
 
 
 def made_by_hand(store: Path, corpus: Artefact, teacher: ModelRef) -> Artefact:
@@ -70,8 +83,7 @@ class Bench:
         recipe = load_recipe(lock)
         assert recipe.teacher is not None
         teacher = assets.model_folder(recipe.teacher, SilentProgress())
-        kinds = {"corpus": "corpus", "teach": "signals", "search": "student", "distill": "model"}
-        corpus, signals, searched, distilled = (artefact(args.run, *names) for names in kinds.items())
+        corpus, signals, searched, distilled = (artefact(args.run, *names) for names in KINDS.items())
         return cls(
             args, recipe, corpus, signals, searched, distilled, made_by_hand(args.store, corpus, teacher), teacher
         )

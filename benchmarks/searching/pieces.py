@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lmdistill.search.space import Space
 from searching.bench import Bench
 
 ENDS = 2  # the largest and the smallest candidate of a sandwich step
+MARGIN = 0.1  # of the front's extent, by which a hypervolume's reference lies beyond its ends
 
 
 def search(bench: Bench) -> dict[str, Any]:
@@ -41,15 +43,16 @@ def search(bench: Bench) -> dict[str, Any]:
 
 
 def random_search(bench: Bench) -> dict[str, Any]:
-    """Random candidates trained on as many tokens as the super-network's, and the hypervolume of both."""
+    """Random candidates trained on as many tokens as the super-network's, and the hypervolume of both.
+
+    Both keep the budgets as foretold: random search asks the latency model too, and draws again.
+    """
     ctx = bench.context()
     config, world = ctx.config, run.begin(ctx)
     budget = config.supernet.tokens * (ENDS + config.supernet.random_candidates)
     each = max(1, budget // bench.args.random)
-    rng = random.Random(config.seed)
-    candidates = [world.subs[0].sample(rng) for _ in range(bench.args.random)]
     drawn = []
-    for place, candidate in enumerate(candidates):
+    for place, candidate in enumerate(_drawn(world, config.seed, bench.args.random)):
         name = f"random-{place}"
 
         def make(candidate: Candidate = candidate, name: str = name) -> dict[str, Any]:
@@ -57,21 +60,36 @@ def random_search(bench: Bench) -> dict[str, Any]:
             return bench.trained(name, start, config.distilling(each), world.reader, world.heldout)
 
         drawn.append([bench.kept(name, make)[RANKED], world.costs.figures(candidate)["decode_ms"]])
-    ours = [[one["loss"][RANKED], one["predicted"]["decode_ms"]] for one in bench.found()["candidates"]]
-    box_M, worst_M = np.array(drawn).max(0), np.array([*ours, *drawn]).max(0)
-    return {
-        "ratio": _ratio(ours, drawn, box_M),
-        "reference": box_M.tolist(),  # the worst that random search found: all that it found counts
-        "ratio_to_the_worst_of_all": _ratio(ours, drawn, worst_M),
-        "tokens": {"all": budget, "each": each},
-        "random": drawn,
-    }
+    found = [one for one in bench.found()["candidates"] if one["feasible"]]
+    ours = [[one["loss"][RANKED], one["predicted"]["decode_ms"]] for one in found]
+    return {**compared(ours, drawn), "tokens": {"all": budget, "each": each}, "random": drawn}
 
 
-def _ratio(ours: list[list[float]], drawn: list[list[float]], reference_M: np.ndarray) -> float | None:
-    """The hypervolume of `ours` over that of `drawn` up to a reference; None where `drawn` has none."""
-    searched, random_ones = (hypervolume(np.array(points), reference_M) for points in (ours, drawn))
-    return round(searched / random_ones, 4) if random_ones else None
+def _drawn(world: run.World, seed: int, count: int) -> list[Candidate]:
+    rng, drawn = random.Random(seed), list[Candidate]()
+    while len(drawn) < count:
+        candidate = world.subs[0].sample(rng)
+        if max(world.costs.excess(candidate).values(), default=0) <= 0:
+            drawn.append(candidate)
+    return drawn
+
+
+def compared(ours: list[list[float]], drawn: list[list[float]]) -> dict[str, Any]:
+    """The hypervolume of `ours` over that of `drawn`, up to a reference a tenth beyond the ends of their joint front.
+
+    So the ends count too. Also up to the worst of all points, where points far from any front make the box.
+    """
+    points_NM = np.array([*ours, *drawn])
+    beaten_NN = (points_NM[None] <= points_NM[:, None]).all(-1) & (points_NM[None] < points_NM[:, None]).any(-1)
+    front_NM = points_NM[~beaten_NN.any(1)]
+    extent_M = np.where(np.ptp(front_NM, 0) > 0, np.ptp(front_NM, 0), front_NM.max(0))  # one point has none
+    reference_M, ideal_M = front_NM.max(0) + MARGIN * extent_M, front_NM.min(0)
+    boxes = {"": (reference_M, ideal_M), "_to_the_worst_of_all": (points_NM.max(0), np.zeros_like(ideal_M))}
+    found: dict[str, Any] = {"reference": reference_M.tolist()}
+    for name, (far_M, near_M) in boxes.items():
+        searched, random_ones = (hypervolume(np.array(each) - near_M, far_M - near_M) for each in (ours, drawn))
+        found["ratio" + name] = round(searched / random_ones, 4) if random_ones else None
+    return found
 
 
 def short(bench: Bench) -> dict[str, Any]:
@@ -151,11 +169,11 @@ def equal(bench: Bench) -> dict[str, Any]:
 def timed(bench: Bench) -> dict[str, Any]:
     """Both shapes on this machine, in turns."""
     from lmdistill.search import device
-    from lmdistill.search.profile import DECODE, Request, TimingPlan, prefill_task
+    from lmdistill.search.profile import DECODE, Request, prefill_task
 
     hand = bench.hand_made()
     searched = Candidate.from_json(json.loads((bench.searched.out / "student.json").read_text())["candidate"])
-    plan = TimingPlan(bench.config.timing.format, rounds=4 * bench.config.timing.rounds)
+    plan = replace(bench.config.timing.plan, rounds=4 * bench.config.timing.rounds)
     asked = Request(plan, hand, tuple({one.shape_digest: one for one in (searched, hand)}.values()))
     profile = device.run(asked, Path(bench.args.store) / "timed.json", bench.args.store / "work" / "timed")
     found = {}

@@ -40,7 +40,8 @@ class TransformersEngine:
         self._layers: tuple[int, ...] = ()  # hidden states to keep; none while the model is probed
         self._kept: list[Any] = []
         self._model = load_model(teacher.path, options.precision, options.device, load_in=options.load_in)
-        if options.finer_products and not options.load_in and products_in(options.precision, options.device) == "float32":
+        finer = options.finer_products and products_in(options.precision, options.device) == "float32"
+        if finer and not options.load_in:
             self._model.float()  # weights stay as coarse as was asked for
         head = self._model.get_output_embeddings()
         if head.weight.shape[0] < options.vocab_size:

@@ -92,3 +92,14 @@ def test_training_from_a_cache_is_timed_against_gkd_step_by_step(
     assert printed["ours_tps"] > 0 and printed["trl_gkd_tps"] > 0
     assert printed["ratio_spread"]["q1"] <= printed["ratio"] <= printed["ratio_spread"]["q3"]
     assert {"hardware", "date", "command"} <= set(printed)
+
+
+def test_products_of_both_types_are_timed_in_turns(tmp_path: Path) -> None:
+    kept = tmp_path / "products.json"
+    printed: dict[str, Any] = json.loads(_run("products.py", *f"--json --tokens 8 --rounds 3 --out {kept}".split()))
+    assert json.loads(kept.read_text()) == printed
+    assert set(printed) == {"mlp_in", "mlp_out", "head", "measured"}
+    for size in ("mlp_in", "mlp_out", "head"):
+        assert min(printed[size]["gflops"].values()) > 0
+        low, high = printed[size]["quartiles"]
+        assert 0 < low <= printed[size]["bfloat16_over_float32"] <= high

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,8 @@ from typing import Any
 
 import pytest
 import search as benchmark
-from searching.bench import artefact
-from searching.pieces import MAKERS
+from searching.bench import KINDS, artefact, bind
+from searching.pieces import MAKERS, compared
 
 PIECES: dict[str, Any] = {
     "search": {"front": 3},
@@ -40,6 +42,40 @@ def test_figures_are_null_until_their_piece_is_there(tmp_path: Path, monkeypatch
     assert found["searched"] == {"nll": 4.0, "decode_tps": 240}
     assert found["hand_made"] == {"nll": 4.1, "decode_tps": 230}
     assert found["measured"] == PIECES
+
+
+def test_the_ends_of_a_front_count_and_points_far_from_it_change_nothing() -> None:
+    """Random search's fastest and best candidate lie on the edges of the box of its own worst."""
+    drawn = [[1.0, 6.0], [1.2, 5.0]]
+    found = compared([[0.8, 6.0], [1.0, 5.0]], drawn)
+    assert found["reference"] == pytest.approx([0.8 + 0.2 * 1.1, 5 + 1.1])
+    # nothing of theirs is within a tenth of the joint front but the first: (1.02 - 1.0)·(6.1 - 6.0)
+    assert found["ratio"] == pytest.approx((0.22 * 0.1 + 0.02 * 1.0) / (0.02 * 0.1), rel=1e-3)
+    assert compared(drawn, drawn)["ratio"] == 1 == compared(drawn, [*drawn, [9.0, 9.0]])["ratio"]
+    assert compared(drawn, [*drawn, [9.0, 9.0]])["ratio_to_the_worst_of_all"] == 1
+    assert compared([[1.0, 6.0]], [[1.0, 6.0]])["ratio"] == 1
+
+
+def _finished(run: Path, stage: str, digest: str, number: int = 1) -> None:
+    folder = run / f"{number:02}-{stage}-{digest}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"fingerprint": digest}))
+
+
+def test_a_store_is_of_one_run_and_of_what_was_asked(tmp_path: Path) -> None:
+    for stage in KINDS:
+        _finished(tmp_path / "run", stage, "bbb")
+    asked = argparse.Namespace(run=tmp_path / "run", store=tmp_path, random=8, short=8, short_tokens=64, heldout=64)
+    bind(asked)
+    bind(asked)
+    asked.short_tokens = 32
+    with pytest.raises(SystemExit, match=r"holds pieces of another short_tokens: name another --store"):
+        bind(asked)
+    asked.short_tokens = 64
+    _finished(tmp_path / "run", "search", "aaa")  # newer, and not the last by its name
+    os.utime(tmp_path / "run" / "01-search-aaa" / "manifest.json", (2e9, 2e9))
+    with pytest.raises(SystemExit, match="another search"):
+        bind(asked)
 
 
 def test_a_run_that_is_not_finished_is_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -30,10 +30,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel tell
 class Running:
     """The command, at work in the background."""
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, chain: Chain, arguments: Sequence[str] = COMMAND) -> None:
         self.chain = chain
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(**chain.command(*COMMAND), stdout=pipe, stderr=pipe)
+        self.process = subprocess.Popen(**chain.command(*arguments), stdout=pipe, stderr=pipe)
 
     def wait_for(self, stage: str, pattern: str) -> None:
         """Until the stage's partial folder holds what the pattern says."""

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from chain import Chain
+from test_chain_kill import Running
 
 SEARCH = """\
   - stage: search
@@ -52,3 +57,38 @@ def test_a_search_makes_a_student_from_timings_of_this_machine_and_shows_its_fro
     page = (searching.run_dir / "report.html").read_text()
     assert 'id="front"' in page and ">chosen</text>" in page and "decode &gt;= 0.2x teacher" in page
     assert "cached" in searching.succeed()
+
+
+# What shows that each part of a search has something to lose: timing, shared training, evolution, finalists' rounds.
+EVIDENCE = (
+    "work/profile.json",
+    "work/sub-all/training/checkpoint-*/complete",
+    "work/sub-all/scores.jsonl",
+    "work/finalists/*/after-1.json",
+)
+SEARCHED = ("--until", "search")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells children of a death on Linux only")
+def test_a_search_killed_in_each_of_its_parts_ends_as_one_with_its_profile_that_never_was(searching: Chain) -> None:
+    for pattern in EVIDENCE:
+        running = Running(searching, SEARCHED)
+        running.wait_for("search", pattern)
+        running.kill_all()
+        assert len(list(searching.run_dir.glob(".partial-search-*"))) == 1, "the kill came when the stage had ended"
+    assert "search: resumed" in searching.succeed(*SEARCHED)
+    killed = shutil.move(searching.artefact("search"), searching.folder / "killed")
+    shutil.copyfile(killed / "out" / "profile.json", searching.folder / "here.json")
+    searching.change("  - stage: search\n", "  - stage: search\n    device: here.json\n")
+    searching.succeed(*SEARCHED)
+    assert found_in(searching.artefact("search")) == found_in(killed)
+
+
+def found_in(artefact: Path) -> dict[str, Any]:
+    """A search's files but for what is timed at its end."""
+    out = artefact / "out"
+    record = json.loads((out / "search.json").read_text())
+    for finalist in record["finalists"]:
+        del finalist["measured"]
+    kept = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    return {**kept, "search.json": record}

@@ -16,6 +16,9 @@ from supernet_toys import BLOCKS, KEYS, folder_bytes
 from lmdistill.errors import LmdistillError
 from lmdistill.pipeline.stage import SilentProgress, StageContext
 from lmdistill.search.candidate import Candidate
+from lmdistill.search.record import supernet_file
+from lmdistill.search.run import begin
+from lmdistill.search.scored import Scored
 from lmdistill.stages.search import SearchStage
 
 STAGE = SearchStage()
@@ -68,6 +71,23 @@ def test_stopped_and_resumed_is_never_stopped(whole: Path, context: Make, tmp_pa
         after.unlink()
     run(context(tmp_path))
     assert folder_bytes(tmp_path / "out") == folder_bytes(whole / "out")
+
+
+def test_kept_shared_weights_are_those_that_candidates_are_cut_from(whole: Path, context: Make, tmp_path: Path) -> None:
+    """With them any candidate of the search can be cut again; all else in the artefact is as without."""
+    shutil.copytree(whole / "work", tmp_path / "work")
+    ctx = context(tmp_path, supernet=KEYS["supernet"] | {"keep": True})
+    run(ctx)
+    kept = supernet_file(ctx.out, "all")
+    files = folder_bytes(ctx.out)
+    assert kept.read_bytes() == files.pop(kept.name)
+    assert files == folder_bytes(whole / "out")
+    found = json.loads((ctx.out / "search.json").read_text())
+    for finalist in found["finalists"]:
+        (one,) = (one for one in found["candidates"] if one["digest"] == finalist["digest"])
+        cut = begin(ctx).extract(Scored(Candidate.from_json(one["candidate"]), {}, {}, {}), kept).state_dict()
+        inherited = load_file(ctx.work / "finalists" / finalist["digest"][:16] / "inherited" / "model.safetensors")
+        assert all(torch.equal(cut[name], tensor) for name, tensor in inherited.items())
 
 
 def test_pruning_tries_each_shape_once_and_trains_no_shared_weights(context: Make, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from foreign_data import LENGTHS, save_tokenizer, spoken
 from signals_synthetic import always
 
+from lmdistill.signals.exchange.importing import ImportOptions
 from lmdistill.signals.variants import compact
 
 
@@ -20,3 +22,21 @@ def toys_are_packed():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compact, "pays", always)
         yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """Of the captures that other programs wrote."""
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """What they captured."""
+    return spoken(3, LENGTHS, 16)
+
+
+@pytest.fixture
+def options(tokenizer):
+    """How it is imported."""
+    return ImportOptions("distillkit", tokenizer, teacher="toy")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from signals_synthetic import VOCAB, BigramEngine, exact_top_k
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+LENGTHS = [20, 9, 31, 12, 31, 17]  # of documents
 SPECIAL = ("<user>", "<assistant>", "<end>", "<pad>")
 
 

@@ -22,11 +22,6 @@ USER, ASSISTANT, END, _ = range(len(SPECIAL))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def documents():
     return spoken(3, [20, 31, 24], K)
 
