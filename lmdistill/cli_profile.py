@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,27 +32,34 @@ def profile_device(
     lmdistill profile-device recipes/lfm_search.yaml;
     lmdistill profile-device recipes/lfm_search.yaml --request for_the_pi
     """
-    from lmdistill.search.on_device import request_for
+    from lmdistill.search import packages
 
-    config, space = _search_of(recipe, overrides or [])
-    asked = request_for(space, config.timing)
+    if request is None:
+        for problem in packages.missing((*packages.TIMING, *packages.FITTING), "profile-device"):
+            raise problem
+    config, space, asked = _search_of(recipe, overrides or [])
     if request is not None:
         _ask(asked, request)
         return
-    from lmdistill.search.device import run
-
-    def report(done: int, total: int) -> None:
-        typer.echo(f"{done} of {total} timed", err=True)
-
-    work = out.with_name(f".{out.stem}")
-    profile = run(asked, out, work, report)
-    shutil.rmtree(work, ignore_errors=True)  # nothing was timed where the profile was whole already
+    profile = _time(asked, out)
     _show(profile, out)
     _judge(profile, config, space)
 
 
-def _search_of(recipe: str, overrides: list[str]) -> tuple[DeviceSearchConfig, Space]:
-    """The recipe's search stage and its space; raises RecipeError or PreflightError where there is none."""
+def _time(asked: Request, out: Path) -> Profile:
+    """Time what is asked and not in `out` yet; raises LmdistillError where `out` may not be written over."""
+    from lmdistill.search.device import check_result, run
+
+    def report(done: int, total: int) -> None:
+        typer.echo(f"{done} of {total} timed", err=True)
+
+    check_result(asked, out)
+    with tempfile.TemporaryDirectory(prefix="profile-device-") as work:
+        return run(asked, out, Path(work), report)
+
+
+def _search_of(recipe: str, overrides: list[str]) -> tuple[DeviceSearchConfig, Space, Request]:
+    """The recipe's search stage, its space and what of it is timed; raises RecipeError or PreflightError if none is."""
     import json
 
     from lmdistill.assets import model_folder
@@ -60,8 +67,9 @@ def _search_of(recipe: str, overrides: list[str]) -> tuple[DeviceSearchConfig, S
     from lmdistill.pipeline.stage import SilentProgress
     from lmdistill.recipe import load_recipe
     from lmdistill.search.keys import DeviceSearchConfig
-    from lmdistill.search.space import Space
-    from lmdistill.search.space_problems import problems
+    from lmdistill.search.on_device import request_for
+    from lmdistill.search.profile_checks import too_few
+    from lmdistill.search.space_problems import open_space
 
     loaded = load_recipe(recipe, overrides)
     configs = [entry.config for entry in loaded.entries if isinstance(entry.config, DeviceSearchConfig)]
@@ -70,12 +78,16 @@ def _search_of(recipe: str, overrides: list[str]) -> tuple[DeviceSearchConfig, S
         raise RecipeError(f"{recipe} has no {lacks}", fix="take a recipe that searches, such as lfm_search")
     folder = model_folder(loaded.teacher, SilentProgress()).path
     config = configs[0]
-    space = Space(config.space, json.loads((folder / "config.json").read_text("utf-8")), config.timing.format)
-    if found := problems(space):
+    teacher = json.loads((folder / "config.json").read_text("utf-8"))
+    space, found = open_space(config.space, teacher, config.timing.format)
+    if space is None or found:
         raise PreflightError(
             "; ".join(what for what, _ in found), fix="; ".join(dict.fromkeys(fix for _, fix in found))
         )
-    return config, space
+    asked = request_for(space, config.timing)
+    for problem in too_few(asked):
+        raise problem
+    return config, space, asked
 
 
 def _ask(asked: Request, folder: Path) -> None:

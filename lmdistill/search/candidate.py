@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -94,10 +94,6 @@ class Candidate:
             return cls(**{**data, "layers": layers})
         except (TypeError, ValueError, KeyError) as error:
             raise IntegrityError("this is no candidate of a search", why=repr(error)) from error
-
-    def with_operators(self, operators: tuple[Operator, ...]) -> Candidate:
-        """The candidate with other operators on the same blocks."""
-        return replace(self, layers=tuple(Layer(s, o) for s, o in zip(self.sources, operators, strict=True)))
 
     def shape_config(self) -> dict[str, Any]:
         """What `lmdistill.deployment.architectures` reads of a config.json, without a teacher."""

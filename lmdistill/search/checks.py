@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,19 +11,17 @@ from typing import TYPE_CHECKING, Any
 from lmdistill.errors import LmdistillError, PreflightError, RecipeError, nearest
 from lmdistill.losses import registry
 from lmdistill.pipeline.stage import PreflightContext
+from lmdistill.search import packages
 from lmdistill.search.config import SearchConfig
 from lmdistill.teachers.sampling_keys import SAMPLED
 
 if TYPE_CHECKING:
     from lmdistill.search.space import Space
 
-PACKAGES = ("optuna", "scipy")
-TIMING_PACKAGES = ("llama_cpp", "gguf")  # where shapes are timed here
-
 
 def check_search(ctx: PreflightContext[SearchConfig]) -> list[LmdistillError]:
     """All problems that can be known, each with its way out."""
-    found = [*_names(ctx), *_packages(ctx), *_rows(ctx)]
+    found = [*_names(ctx), *_idle(ctx), *_packages(ctx), *_rows(ctx)]
     if ctx.teacher is not None and (ctx.teacher.path / "config.json").exists():
         teacher = json.loads((ctx.teacher.path / "config.json").read_text())
         found += _space(ctx, teacher)
@@ -60,39 +57,35 @@ def _rows(ctx: PreflightContext[SearchConfig]) -> Iterator[LmdistillError]:
         yield PreflightError(what, fix="lower `heldout_rows`, or raise the corpus' `train_tokens`")
 
 
-def _packages(ctx: PreflightContext[SearchConfig]) -> Iterator[LmdistillError]:
-    for package in (*PACKAGES, *(() if isinstance(ctx.config.device, Path) else TIMING_PACKAGES)):
-        if importlib.util.find_spec(package) is None:
-            what = f"stage '{ctx.name}' needs the package {package}"
-            yield PreflightError(what, why="not installed", fix="pip install 'lmdistill[search]'")
+def _idle(ctx: PreflightContext[SearchConfig]) -> Iterator[LmdistillError]:
+    """Keys that ask for what this search will not have made."""
+    config = ctx.config
+    if config.weights == "tuned" and config.finalists.count == 1:
+        what = f"stage '{ctx.name}': `weights: tuned` takes those after a finalist's rounds, and a single one has none"
+        yield PreflightError(what, fix="raise `finalists.count`, or drop `weights`")
+    if config.supernet.keep and config.method == "prune":
+        what = (
+            f"stage '{ctx.name}': `supernet.keep` keeps shared weights that were trained, `method: prune` trains none"
+        )
+        yield PreflightError(what, fix="drop `supernet.keep`, or take `method: supernet`")
+
+
+def _packages(ctx: PreflightContext[SearchConfig]) -> list[PreflightError]:
+    timing = () if isinstance(ctx.config.device, Path) else packages.TIMING
+    return packages.missing((*packages.SEARCHING, *timing), f"stage '{ctx.name}'")
 
 
 def _space(ctx: PreflightContext[SearchConfig], teacher: dict[str, Any]) -> Iterator[LmdistillError]:
     from lmdistill.search.profile_checks import profile_problems
-    from lmdistill.search.space import Space
-    from lmdistill.search.space_problems import problems
-    from lmdistill.students import shape
+    from lmdistill.search.space_problems import open_space
 
-    space = Space(ctx.config.space, teacher, ctx.config.timing.format)
-    asked = SimpleNamespace(
-        init="grow",
-        architecture="lfm2" if space.keys.hybrid else "llama",
-        layers=space.blocks,
-        attention_layers=1,
-        **dict.fromkeys(("hidden_size", "intermediate_size", "heads", "kv_heads")),
-    )
-    found = shape.problems(asked, teacher)
-    if not teacher.get("tie_word_embeddings", False) and not space.keys.hybrid:  # of an lfm2 it is said already
-        found.append(("the teacher's head is not tied to its embeddings, a candidate's is", "use a student stage"))
-    if not found:
-        found = problems(space)
-    own = space.teacher_size("vocabularies")
-    if any(size != own for size in space.choices("vocabularies")):
+    space, found = open_space(ctx.config.space, teacher, ctx.config.timing.format)
+    if space is not None and any(size != teacher["vocab_size"] for size in space.choices("vocabularies")):
         what = "space.vocabularies: the teacher cache is of all the teacher's tokens, and so are its candidates"
         found.append((what, "drop `vocabularies`"))
     for text, fix in found:
         yield PreflightError(f"stage '{ctx.name}': {text}", fix=fix)
-    if not found:
+    if space is not None and not found:
         yield from _relations(ctx, space)
         yield from profile_problems(ctx.config, space)
 

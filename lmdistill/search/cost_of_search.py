@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from lmdistill.search.config import SearchConfig
 
 BASE_SECONDS, BASE_MEMORY = 40, 1_500_000_000
-TIMED_SECONDS = 10  # a timed shape, with the reference's share
+OPENED_SECONDS = 1  # to write a timed file and to open it
+ALONE = 3  # times what a token of a prompt takes, where it is generated: all weights are read for it alone
+WEIGHTS, CHECKPOINT = 4, 12  # bytes a parameter: in a file; in a checkpoint, with Adam's moments
 
 
 def of_search(ctx: PreflightContext[SearchConfig]) -> Estimate:
@@ -22,33 +24,83 @@ def of_search(ctx: PreflightContext[SearchConfig]) -> Estimate:
     if ctx.teacher is None or not (ctx.teacher.path / "config.json").exists():
         return Estimate(note="known when the teacher is on this machine")
     from lmdistill.search.design import teacher_candidate
-    from lmdistill.search.space import Space
+    from lmdistill.search.space_problems import open_space
 
     config = ctx.config
     teacher = json.loads((ctx.teacher.path / "config.json").read_text())
-    space = Space(config.space, teacher, config.timing.format)
-    whole = teacher_candidate(teacher).parameters
+    space, found = open_space(config.space, teacher, config.timing.format)
+    if space is None or found:
+        return Estimate(note="known when the space fits the teacher")
     shapes = space.shapes()
-    if not shapes:
-        return Estimate(note="the space has no candidate")
-    sizes = [space.evenly(shape).parameters for shape in (shapes[0], shapes[-1])]
-    middle = sum(sizes) / 2
-    length = getattr(ctx.one("corpus").config, "sequence_length", 1024)
-    subs = max(1, len(config.space.sub_spaces))
-    tried = config.evolution.population * (config.evolution.generations if config.method == "supernet" else 1) * subs
-    ranked = 2 * space.blocks * (1 + config.selection_width / 2) * config.selection_rows * length
-    trained = config.supernet.tokens * (2 + config.supernet.random_candidates) * subs
-    trained = (trained if config.method == "supernet" else 0) + 2 * config.finalists.count * config.finalists.tokens
-    fitted = config.supernet.fit_steps * config.supernet.fit_batch_rows * length
-    operations = 2 * whole * (SCORED_SHARE * ranked + config.supernet.importance_rows * length)
-    fitted += config.finalists.count * config.finalists.fit_steps * config.supernet.fit_batch_rows * length
-    operations += 6 * (whole * fitted + middle * trained) + 2 * middle * tried * config.heldout_rows * length
-    timed = 0 if isinstance(config.device, Path) else TIMED_SECONDS * config.timing.candidates
+    smallest, largest = (space.evenly(shape).parameters for shape in (shapes[0], shapes[-1]))
+    whole, middle = teacher_candidate(teacher).parameters, (smallest + largest) / 2
     convolutions = 4 * space.blocks * teacher["hidden_size"] ** 2 if config.space.hybrid else 0
     weights = whole + convolutions
+    length = getattr(ctx.one("corpus").config, "sequence_length", 1024)
+    operations = _of_teacher(config, space.blocks, length) * whole + _of_candidates(config, length) * middle
     return Estimate(
-        BASE_SECONDS + timed + operations / CPU_FLOPS,
-        int(4 * weights * (1 + subs * (2 + 2 * 3)) + 8 * middle * config.finalists.count),
+        BASE_SECONDS + _timing(config, middle) + operations / CPU_FLOPS,
+        _disk(config, weights, largest, length),
         int(4 * weights * 6 + BASE_MEMORY),
         f"{weights / 1e6:,.0f} M shared parameters; time on two CPU cores",
     )
+
+
+def _timing(config: SearchConfig, middle: float) -> float:
+    """Seconds of timing on this machine: files × rounds × tokens, with a round to warm up.
+
+    Files are the shapes, the teacher, the finalists at the end, and beside each group of them the reference.
+    """
+    if isinstance(config.device, Path):
+        return 0.0
+    timing = config.timing
+    files = (timing.candidates + 1 + config.finalists.count) * (1 + 1 / timing.together)
+    tokens = sum(timing.plan.prompts) + ALONE * timing.bursts * timing.decode
+    return files * (OPENED_SECONDS + (timing.rounds + 1) * tokens * 2 * middle / CPU_FLOPS)
+
+
+def _of_teacher(config: SearchConfig, blocks: int, length: int) -> float:
+    """Operations for each of the teacher's parameters: ranking its blocks, ranking their units, fitting."""
+    keys = config.supernet
+    ranked = 2 * blocks * (1 + config.selection_width / 2) * config.selection_rows * length
+    fits = keys.fit_steps + config.finalists.count * config.finalists.fit_steps
+    return 2 * (SCORED_SHARE * ranked + keys.importance_rows * length) + 6 * fits * keys.fit_batch_rows * length
+
+
+def _of_candidates(config: SearchConfig, length: int) -> float:
+    """Operations for each parameter of a middling candidate: shared training, scores, finalists' rounds."""
+    subs, shared = max(1, len(config.space.sub_spaces)), config.method != "prune"
+    tried = config.evolution.population * (config.evolution.generations if shared else 1) * subs
+    trained = config.supernet.tokens * (2 + config.supernet.random_candidates) * subs if shared else 0
+    trained += sum(left * tokens for left, tokens in _rounds(config))
+    return 6 * trained + 2 * tried * config.heldout_rows * length
+
+
+def _rounds(config: SearchConfig) -> list[tuple[int, int]]:
+    """How many finalists train in each round of halving, and on how many tokens each."""
+    found, left, tokens = [], config.finalists.count, config.finalists.tokens
+    while left > 1:
+        found.append((left, tokens))
+        left, tokens = -(-left // 2), 2 * tokens
+    return found
+
+
+def _left(config: SearchConfig, tokens: int, length: int) -> int:
+    """Bytes a parameter that a training leaves: its model, and the last two of its checkpoints or the only one."""
+    distilling = config.distilling(tokens)
+    steps = -(-tokens // (distilling.batch_rows * length))
+    every = max(1, distilling.checkpoint_steps // distilling.log_steps) * distilling.log_steps
+    return WEIGHTS + CHECKPOINT * min(2, -(-steps // every))
+
+
+def _disk(config: SearchConfig, weights: int, largest: int, length: int) -> int:
+    """Bytes of the work folder and the artefact, at most: each training leaves its model and checkpoints.
+
+    Before any, there are the fitted convolutions and the super-network as it was made.
+    """
+    subs, finalists = max(1, len(config.space.sub_spaces)), config.finalists
+    each = _left(config, config.supernet.tokens, length) + WEIGHTS * config.supernet.keep
+    shared = subs * each if config.method != "prune" else 0
+    begun = finalists.count * WEIGHTS * (3 if finalists.fit_steps else 1)  # inherited; its fitted blocks, and with them
+    trained = sum(left * _left(config, tokens, length) for left, tokens in _rounds(config))
+    return weights * (2 * WEIGHTS + shared) + largest * (begun + trained + WEIGHTS)

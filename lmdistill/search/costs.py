@@ -7,10 +7,11 @@ follows is the same every time.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmdistill.errors import LmdistillError
 from lmdistill.pipeline.stage import Progress
 from lmdistill.search import device, feasible, on_device
 from lmdistill.search.candidate import Candidate
@@ -48,11 +49,22 @@ class ModelledDevice:
         bounds = self._bounds if figures is not None else ()
         return {str(bound): round(bound.violation(figures or {}, self.teacher), 6) for bound in bounds}
 
-    def check_budgets(self, subs: Sequence[SubSpace]) -> None:
-        """Raise PreflightError, with the nearest point, where no candidate keeps the budgets."""
-        refusal = feasible.infeasible(self._bounds, subs, self.model, self.teacher)
-        if refusal is not None:
-            raise refusal
+    def within_budgets(self, subs: Sequence[SubSpace], note: Callable[[str], None]) -> list[SubSpace]:
+        """The sub-spaces where some candidate keeps the budgets: no other can hold the winner; `note` gets why.
+
+        Raises PreflightError, with the nearest point, where there is none.
+        """
+
+        def refusal(some: Sequence[SubSpace], where: str) -> LmdistillError | None:
+            return feasible.infeasible(self._bounds, some, self.model, self.teacher, where)
+
+        refusals = {sub.name: refusal([sub], f"sub-space '{sub.name}'") for sub in subs}
+        kept = [sub for sub in subs if refusals[sub.name] is None]
+        if not kept and (hopeless := refusal(subs, "the space")) is not None:
+            raise hopeless
+        for error in filter(None, refusals.values()):
+            note(f"not searched: {error.what}: {error.why}; {error.fix}")
+        return kept
 
     def measure(self, candidates: Sequence[Candidate], work: Path) -> dict[str, dict[str, float]]:
         """Measured figures by candidates' digests, where the device is this machine; kept in `work`.

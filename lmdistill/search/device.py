@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lmdistill.errors import PreflightError
 from lmdistill.evaluation.speed import SpeedPlan, SpeedTarget, Task, Timed, time_in_turns
 from lmdistill.pipeline.files import write_json
 from lmdistill.search.candidate import Candidate, of_unlike_shapes
@@ -63,14 +65,41 @@ def run(request: Request, result: Path, work: Path, report: Report = lambda done
     return profile
 
 
+def check_result(request: Request, result: Path) -> None:
+    """Raise LmdistillError where `result` is a folder, no profile, or one whose timings would be lost."""
+    if result.is_dir():
+        raise PreflightError(
+            f"{result} is a folder", why="a profile is a file", fix="give a file's name: --out profile.json"
+        )
+    if not result.exists():
+        return
+    begun, fresh = Profile.read(result), Profile(request.plan, request.reference, describe())
+    if unlike := _unlike(begun, fresh):
+        what = f"{result} is a profile of something else, and would be lost"
+        raise PreflightError(what, why="; ".join(unlike), fix="name another --out, or delete it")
+
+
+def _unlike(begun: Profile, fresh: Profile) -> list[str]:
+    """In what two profiles differ, so that one cannot be gone on with as the other."""
+    pairs = {"device": (begun.device, fresh.device), "plan": (asdict(begun.plan), asdict(fresh.plan))}
+    found = [
+        f"its {kind} has {key} {was.get(key)}, this one {now.get(key)}"
+        for kind, (was, now) in pairs.items()
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    ]
+    if begun.reference != fresh.reference:
+        found.append("its reference has another shape: another teacher or space was timed")
+    return found
+
+
 def _begun(request: Request, result: Path) -> Profile:
     """What was measured before with the same plan and reference on the same device, or nothing."""
     fresh = Profile(request.plan, request.reference, describe())
     if not result.exists():
         return fresh
     begun = Profile.read(result)
-    alike = (begun.plan, begun.reference, begun.device) == (fresh.plan, fresh.reference, fresh.device)
-    return begun if alike else fresh
+    return fresh if _unlike(begun, fresh) else begun
 
 
 def _time_group(group: Sequence[Candidate], reference: Path, request: Request, work: Path) -> list[Measured]:

@@ -26,9 +26,15 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("request", type=Path, help="profile_request.json")
     parser.add_argument("--out", type=Path, help=f"the result; default: {RESULT} beside the request")
-    parser.add_argument("--threads", type=int, help="default: as the request says, else the physical cores")
+    parser.add_argument("--threads", type=_threads, help="default: as the request says, else the physical cores")
     parser.add_argument("--work", type=Path, help="folder for the models; default: a temporary one")
     return parser.parse_args(given)
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of threads: 1 or more")
+    return int(text)
 
 
 def _check_packages() -> None:
@@ -47,6 +53,7 @@ def _time(arguments: argparse.Namespace) -> Path:
     if arguments.threads:
         request = replace(request, plan=replace(request.plan, threads=arguments.threads))
     result: Path = arguments.out or arguments.request.with_name(RESULT)
+    device.check_result(request, result)
 
     def report(done: int, total: int) -> None:
         print(f"{done} of {total} timed", flush=True)
@@ -68,6 +75,9 @@ def main(given: list[str] | None = None) -> int:
     except LmdistillError as error:
         print(f"error: {error.render()}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error}\n  do:  set that right; the same command goes on from where it stopped", file=sys.stderr)
+        return LmdistillError.exit_code
     print(f"done: send back {result}")
     return 0
 

@@ -32,7 +32,11 @@ def unmeasured(budgets: Sequence[Budget], profile: Profile) -> list[str]:
 
 
 def infeasible(
-    budgets: Sequence[Budget], sub_spaces: Sequence[SubSpace], model: LatencyModel, teacher: Figures
+    budgets: Sequence[Budget],
+    sub_spaces: Sequence[SubSpace],
+    model: LatencyModel,
+    teacher: Figures,
+    where: str = "the space",
 ) -> LmdistillError | None:
     """None where some candidate is foretold to keep all budgets, else the error with the nearest point."""
     if not budgets:
@@ -49,20 +53,25 @@ def infeasible(
             if best is None or max(missed) < best[0]:
                 best = max(missed), candidate, figures
     assert best is not None, "a sub-space has at least one shape"
-    return _refusal(budgets, best[1], best[2], reach, teacher)
+    return _refusal(budgets, best[1], best[2], reach, teacher, where)
 
 
 def _refusal(
-    budgets: Sequence[Budget], nearest: Candidate, figures: Figures, reach: Sequence[float], teacher: Figures
+    budgets: Sequence[Budget],
+    nearest: Candidate,
+    figures: Figures,
+    reach: Sequence[float],
+    teacher: Figures,
+    where: str,
 ) -> PreflightError:
     alone = [
         _out_of_reach(budget, missed, teacher) for budget, missed in zip(budgets, reach, strict=True) if missed > 0
     ]
     together = "each could be kept alone, but not all by one candidate"
     return PreflightError(
-        "no candidate of the space keeps the budgets " + " and ".join(f"'{budget}'" for budget in budgets),
+        f"no candidate of {where} keeps the budgets " + " and ".join(f"'{budget}'" for budget in budgets),
         why="; ".join(alone) or together,
-        fix=f"the nearest point is {_point(budgets, figures)} ({_shape(nearest)}): allow that, or widen the space",
+        fix=f"the nearest point is {_point(budgets, figures)} ({_shape(nearest)}): allow that, or widen {where}",
     )
 
 

@@ -29,19 +29,29 @@ class TimingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     format: Annotated[str, AfterValidator(_timed)] = Field(
-        default="q4_0", description="the GGUF format that will ship, by llama.cpp's name"
+        default=TimingPlan.format, description="the GGUF format that will ship, by llama.cpp's name"
     )
     candidates: Annotated[int, Field(ge=12)] = Field(
         default=30, description="shapes that are timed to fit the latency model"
     )
     prompts: Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(min_length=1)] = Field(
-        default=(512,), description="tokens of the prompts whose first answer is timed"
+        default=TimingPlan.prompts, description="tokens of the prompts whose first answer is timed"
     )
-    decode: Annotated[int, Field(ge=4)] = Field(default=32, description="tokens of a burst of generation")
-    bursts: Annotated[int, Field(ge=1)] = Field(default=4, description="bursts of generation of each file in a round")
-    rounds: Annotated[int, Field(ge=1)] = Field(default=8, description="rounds in which the files take turns")
-    together: Annotated[int, Field(ge=1)] = Field(default=4, description="files in memory at once beside the reference")
-    threads: Annotated[int, Field(ge=1)] | None = Field(default=None, description="null: the physical cores")
+    decode: Annotated[int, Field(ge=4)] = Field(
+        default=TimingPlan.decode, description="tokens of a burst of generation"
+    )
+    bursts: Annotated[int, Field(ge=1)] = Field(
+        default=TimingPlan.bursts, description="bursts of generation of each file in a round"
+    )
+    rounds: Annotated[int, Field(ge=1)] = Field(
+        default=TimingPlan.rounds, description="rounds in which the files take turns"
+    )
+    together: Annotated[int, Field(ge=1)] = Field(
+        default=TimingPlan.together, description="files in memory at once beside the reference"
+    )
+    threads: Annotated[int, Field(ge=1)] | None = Field(
+        default=TimingPlan.threads, description="null: the physical cores"
+    )
 
     @property
     def plan(self) -> TimingPlan:

@@ -164,7 +164,7 @@ class Profile:
         data = _read(path, what, ("plan", "reference", "device", "measured"))
         with _damage_named(path, what):
             plan = TimingPlan.from_json(data["plan"])
-            profile = Profile(plan, Candidate.from_json(data["reference"]), data["device"])
+            profile = Profile(plan, Candidate.from_json(data["reference"]), dict(data["device"]))
             profile.add(map(Measured.from_json, data["measured"]))
             for each in profile.measured.values():
                 profile.figures(each)  # every task has its times, of candidate and reference alike
@@ -188,7 +188,7 @@ def _read(path: Path, what: str, keys: Sequence[str]) -> dict[str, Any]:
         data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise IntegrityError(f"there is no {what} {path}", fix="make one with `lmdistill profile-device`") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise IntegrityError(f"{path} is no {what}", why=str(error)) from error
     if not isinstance(data, dict) or (missing := [key for key in keys if key not in data]):
         raise IntegrityError(f"{path} is no {what}", why=f"it has no '{missing[0] if isinstance(data, dict) else ''}'")

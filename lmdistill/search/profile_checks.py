@@ -14,7 +14,7 @@ from lmdistill.search.feasible import infeasible, teacher_figures, unmeasured
 from lmdistill.search.keys import DeviceSearchConfig
 from lmdistill.search.latency import LEAST, LatencyModel
 from lmdistill.search.on_device import read_for, request_for
-from lmdistill.search.profile import Profile
+from lmdistill.search.profile import Profile, Request
 from lmdistill.search.space import Space
 from lmdistill.search.sub_space import SubSpace, sub_spaces
 
@@ -27,18 +27,19 @@ def profile_problems(config: DeviceSearchConfig, space: Space) -> list[Lmdistill
     This machine has no file yet: all that is known is whether the space has enough shapes to time.
     """
     if not isinstance(config.device, Path):
-        return _too_few(config, space)
+        return too_few(request_for(space, config.timing))
     try:
         return problems_of(read_for(config.device, config.timing), config, space)
     except LmdistillError as error:
         return [error]
 
 
-def _too_few(config: DeviceSearchConfig, space: Space) -> list[LmdistillError]:
-    count = len(request_for(space, config.timing).candidates)
+def too_few(asked: Request) -> list[LmdistillError]:
+    """Whether a device would be asked to time so few shapes that no paces can be fitted to them."""
+    count = len(asked.candidates)
     if count >= LEAST:
         return []
-    what = f"the space has too few shapes: {count}, with the teacher's, do not tell this machine's paces"
+    what = f"the space has too few shapes: {count}, with the teacher's, do not tell a device's paces"
     return [PreflightError(what, fix=f"widen a range of `space`, so that at least {LEAST} unlike shapes can be timed")]
 
 
@@ -47,6 +48,8 @@ def problems_of(profile: Profile, config: DeviceSearchConfig, space: Space) -> l
     if untimed := unmeasured(config.bounds, profile):
         fix = "take a prompt that it has, or profile the device again with this one in timing.prompts"
         return [PreflightError(text, fix=fix) for text in untimed]
+    if unlike := _unlike_prompts(profile, config):
+        return unlike
     model = LatencyModel.fit(profile)
     subs = sub_spaces(space, model.decode_seconds)
     if beyond := _untimed_work(subs, profile):
@@ -54,6 +57,18 @@ def problems_of(profile: Profile, config: DeviceSearchConfig, space: Space) -> l
         return [PreflightError(what, fix="profile the device again with this recipe: `lmdistill profile-device`")]
     hopeless = infeasible(config.bounds, subs, model, teacher_figures(profile, model, space.teacher))
     return [] if hopeless is None else [hopeless]
+
+
+def _unlike_prompts(profile: Profile, config: DeviceSearchConfig) -> list[LmdistillError]:
+    """`ttft_ms` without a prompt is after the shortest one: the profile's must be the one that the recipe means."""
+    timed, meant = min(profile.plan.prompts), min(config.timing.prompts)
+    users = [f"'{budget}'" for budget in config.bounds if budget.figure == "ttft_ms"]
+    users += ["the objective ttft_ms"] if "ttft_ms" in getattr(config, "objectives", ()) else []
+    if timed == meant or not users:
+        return []
+    what = f"{' and '.join(users)}: the profile's shortest prompt has {timed} tokens, that of timing.prompts {meant}"
+    fix = f"set timing.prompts to [{timed}], or profile the device again with this recipe"
+    return [PreflightError(what, fix=fix)]
 
 
 def _untimed_work(subs: Sequence[SubSpace], profile: Profile) -> str:

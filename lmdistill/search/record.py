@@ -117,6 +117,7 @@ def _search(
     costs: ModelledDevice,
     measured: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
+    """search.json: what was asked, what was tried, who came to the end and who won."""
     objectives, everyone = config.objectives, [one for each in tried for one in each.scored]
     reference_M = reference_of(everyone, objectives)
     return {
@@ -126,15 +127,7 @@ def _search(
         "budgets": list(config.budgets),
         "teacher": costs.teacher,
         "reference": reference_M.tolist(),
-        "sub_spaces": [
-            {
-                "name": each.sub.name,
-                "shapes": len(each.sub.shapes),
-                "curve": each.found.curve,
-                "hypervolume": _history(each, objectives, reference_M),
-            }
-            for each in tried
-        ],
+        "sub_spaces": [_of_sub_space(each, objectives, reference_M) for each in tried],
         "candidates": [
             {"sub_space": each.sub.name, "generation": number, **one.to_json()}
             for each in tried
@@ -142,16 +135,27 @@ def _search(
             for one in generation
         ],
         "front": [one.candidate.digest for one in front(everyone, objectives)],
-        "finalists": [
-            {
-                "digest": one.scored.candidate.digest,
-                "fitted": one.fitted,
-                "rounds": one.rounds,
-                "measured": measured.get(one.scored.candidate.digest),
-            }
-            for one in finalists
-        ],
+        "finalists": [_of_finalist(one, measured) for one in finalists],
         "winner": finalists[0].scored.candidate.digest,
+    }
+
+
+def _of_sub_space(tried: Tried, objectives: Sequence[str], reference_M: Any) -> dict[str, Any]:
+    return {
+        "name": tried.sub.name,
+        "shapes": len(tried.sub.shapes),
+        "curve": tried.found.curve,
+        "hypervolume": _history(tried, objectives, reference_M),
+    }
+
+
+def _of_finalist(finalist: Finalist, measured: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    digest = finalist.scored.candidate.digest
+    return {
+        "digest": digest,
+        "fitted": finalist.fitted,
+        "rounds": finalist.rounds,
+        "measured": measured.get(digest),
     }
 
 

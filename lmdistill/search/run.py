@@ -98,8 +98,7 @@ def begin(ctx: Context) -> World:
     space = Space(config.space, teacher, config.timing.format)
     reader = TrainingRows(ctx.one("signals").out, SPLIT, config.heldout_rows)  # too few rows are said before timing
     costs = open_device(config, space, ctx.out, ctx.work, ctx.progress)
-    subs = sub_spaces(space, costs.cost)
-    costs.check_budgets(subs)
+    subs = costs.within_budgets(sub_spaces(space, costs.cost), ctx.progress.note)
     heldout = HeldOutLoss(reader, config.distilling(1), device)
     split = corpus.split(SPLIT)
     rows_RT = split.tokens_RT[: max(1, len(split) - config.heldout_rows)].astype("int64")

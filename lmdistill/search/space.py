@@ -5,12 +5,13 @@ A null width is the teacher's own. What is wrong with a space is said by lmdisti
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import product
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from lmdistill.search.candidate import Candidate, Layer, Operator, Problem
 from lmdistill.search.placement import spread
@@ -18,6 +19,13 @@ from lmdistill.search.placement import spread
 Cost = Callable[[Candidate], float]  # seconds a token, by a latency model
 Sizes = tuple[Annotated[int, Field(ge=1)], ...]
 MOST_SHAPES = 100_000
+
+
+def _file_name(name: str) -> str:
+    """Folders and files of a sub-space are called by its name."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"'{name}' cannot name a sub-space: take letters, digits, - and _")
+    return name
 
 
 class BandConfig(BaseModel):
@@ -82,7 +90,7 @@ class SpaceConfig(BaseModel):
     vocabularies: Annotated[Sizes, Field(min_length=1)] | None = Field(
         default=None, description="tokens kept; null: all of the teacher's"
     )
-    sub_spaces: dict[str, BandConfig] = Field(
+    sub_spaces: dict[Annotated[str, AfterValidator(_file_name)], BandConfig] = Field(
         default={}, description="sub-spaces by name, each with weights of its own; none: the whole space is one"
     )
 

@@ -6,8 +6,13 @@ named one by one, so that each key means what it says.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
 from lmdistill.search.candidate import Problem
-from lmdistill.search.space import MOST_SHAPES, TEACHERS, Shape, Space
+from lmdistill.search.space import MOST_SHAPES, TEACHERS, Shape, Space, SpaceConfig
+from lmdistill.students import shape as growth
 
 _GENES = {
     "hidden_sizes": "hidden_size",
@@ -16,6 +21,40 @@ _GENES = {
     "vocabularies": "vocab_size",
 }
 _LESS = "candidates inherit from the teacher: ask for less"
+NEEDED = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+)  # of config.json
+
+
+def open_space(keys: SpaceConfig, teacher: dict[str, Any], format_name: str) -> tuple[Space | None, list[Problem]]:
+    """The space of a teacher's config.json, and what is wrong with either; None where no student can be grown."""
+    if found := teacher_problems(keys, teacher):
+        return None, found
+    space = Space(keys, teacher, format_name)
+    return space, problems(space)
+
+
+def teacher_problems(keys: SpaceConfig, teacher: dict[str, Any]) -> list[Problem]:
+    """Why no candidate can inherit from a teacher, by its config.json: a Space is made only of one that has nothing."""
+    growable = teacher.get("model_type") in growth.GROWABLE
+    if growable and (lacking := [key for key in NEEDED if not teacher.get(key)]):
+        return [(f"the teacher's config.json has no `{lacking[0]}`", "take the folder as the model was saved in")]
+    asked = SimpleNamespace(
+        init="grow",
+        architecture="lfm2" if keys.hybrid else "llama",
+        layers=teacher.get("num_hidden_layers"),
+        attention_layers=1,
+        **dict.fromkeys(("hidden_size", "intermediate_size", "heads", "kv_heads")),
+    )
+    found = growth.problems(asked, teacher)
+    untied = not teacher.get("tie_word_embeddings", False)
+    if growable and untied and not keys.hybrid:  # of an lfm2 it is said already
+        found.append(("the teacher's head is not tied to its embeddings, a candidate's is", "use a student stage"))
+    return found
 
 
 def problems(space: Space) -> list[Problem]:
@@ -28,7 +67,7 @@ def problems(space: Space) -> list[Problem]:
     shapes = space.shapes()
     if not shapes:
         return [_why_nothing(space)]
-    return [
+    unfit = [
         (
             f"{key}: no candidate can have {value}",
             f"it must fit heads of {space.head_dim} and {space.format_name}",
@@ -37,6 +76,20 @@ def problems(space: Space) -> list[Problem]:
         for value in space.choices(key)
         if all(getattr(shape, gene) != value for shape in shapes)
     ]
+    return unfit + _empty_bands(space, shapes)
+
+
+def _empty_bands(space: Space, shapes: Sequence[Shape]) -> list[Problem]:
+    """Sub-spaces between whose numbers of parameters no shape lies; what `decode_ms` holds is known with a profile."""
+    bands = {name: band.parameters for name, band in space.keys.sub_spaces.items() if band.parameters is not None}
+    sizes = [space.evenly(shape).parameters / 1e6 for shape in shapes] if bands else []
+    found = []
+    for name, (low, high) in bands.items():
+        nearest = min(sizes, key=lambda size: max(low - size, size - high))
+        if not low <= nearest <= high:
+            what = f"sub-space '{name}' has no candidate: the nearest has {nearest:.6g} million parameters"
+            found.append((what, "widen its bounds, or the space's sizes"))
+    return found
 
 
 def _beyond_teacher(space: Space) -> list[Problem]:

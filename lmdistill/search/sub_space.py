@@ -9,7 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import product
+from operator import itemgetter
 
 from lmdistill.errors import LmdistillError
 from lmdistill.search.candidate import Candidate, Problem
@@ -37,18 +39,19 @@ class SubSpace:
         for shape in self.shapes:
             self._by_depth.setdefault(shape.depth, []).append(shape)
 
-    @property
-    def maxima(self) -> Shape:
-        """The largest value of each gene: what a super-network must have room for; itself perhaps no candidate."""
-        return Shape(**{gene: max(getattr(shape, gene) for shape in self.shapes) for gene in GENES})
+    @cached_property
+    def _ends(self) -> tuple[Candidate, Candidate]:
+        """Looked for among all shapes, and asked for at every step of a training."""
+        sized = [(candidate.parameters, candidate) for candidate in self.one_of_each_shape()]
+        return min(sized, key=itemgetter(0))[1], max(sized, key=itemgetter(0))[1]
 
     def largest(self) -> Candidate:
         """The candidate with most parameters, its blocks evenly spread."""
-        return max(self.one_of_each_shape(), key=lambda candidate: candidate.parameters)
+        return self._ends[1]
 
     def smallest(self) -> Candidate:
         """The candidate with fewest parameters, its blocks evenly spread."""
-        return min(self.one_of_each_shape(), key=lambda candidate: candidate.parameters)
+        return self._ends[0]
 
     def one_of_each_shape(self) -> Iterator[Candidate]:
         """A candidate of every shape, its blocks evenly spread: all that differ in cost."""

@@ -18,7 +18,7 @@ class SearchStage(Stage[SearchConfig]):
     Config = SearchConfig
     inputs = (Input("signals", ("signals",)), Input("corpus", ("corpus",)))
     output = "student"
-    tools = ("torch", "transformers", "accelerate", "optuna", "llama-cpp-python")
+    tools = ("torch", "transformers", "accelerate", "optuna", "scipy", "llama-cpp-python", "gguf")
 
     def uses_teacher(self, config: SearchConfig) -> bool:
         """All weights come from it."""

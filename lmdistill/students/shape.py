@@ -13,8 +13,10 @@ def problems(config: Any, teacher: dict[str, Any]) -> list[Problem]:
     """What is wrong with the asked student, as (what, what to do), before anything is loaded."""
     found: list[Problem] = []
     if config.init == "grow":
+        if teacher.get("model_type") not in GROWABLE:  # its config.json names its sizes in words of its own
+            return [_ungrowable(teacher)]
         found += _growth_problems(config, teacher)
-        if config.architecture == "lfm2" and teacher["model_type"] in GROWABLE:
+        if config.architecture == "lfm2":
             found += _exactness_problems(teacher)
     width, heads = (
         _value(config.hidden_size, teacher, "hidden_size"),
@@ -53,15 +55,15 @@ def _exactness_problems(teacher: dict[str, Any]) -> list[Problem]:
     return found
 
 
+def _ungrowable(teacher: dict[str, Any]) -> Problem:
+    return (
+        f"a student cannot be grown from a teacher of type '{teacher.get('model_type')}'",
+        f"growable: {', '.join(GROWABLE)}; else use `init: random`",
+    )
+
+
 def _growth_problems(config: Any, teacher: dict[str, Any]) -> list[Problem]:
     found = []
-    if teacher["model_type"] not in GROWABLE:
-        found.append(
-            (
-                f"a student cannot be grown from a teacher of type '{teacher['model_type']}'",
-                f"growable: {', '.join(GROWABLE)}; else use `init: random`",
-            )
-        )
     if config.layers > teacher["num_hidden_layers"]:
         found.append(
             (

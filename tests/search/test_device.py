@@ -7,16 +7,17 @@ import os
 import random
 import subprocess
 import sys
-import sysconfig
 import venv
 from dataclasses import asdict, replace
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 from toys.search_shapes import TOY, toy_space, toy_whole
 
-from lmdistill.errors import PreflightError
+from lmdistill.errors import IntegrityError, PreflightError
 from lmdistill.evaluation.speed import Task, Timed
 from lmdistill.search import device, on_device
 from lmdistill.search.design import teacher_candidate
@@ -104,9 +105,44 @@ def test_the_teacher_is_timed_where_it_can_be(groups: list[list[str]], tmp_path:
         )
 
 
+def test_a_profile_of_something_else_is_not_written_over(groups: list[list[str]], tmp_path: Path) -> None:
+    asked, result = request(2), tmp_path / "p.json"
+    device.check_result(asked, result)
+    device.run(asked, result, tmp_path / "work")
+    device.check_result(asked, result)
+    device.check_result(request(5), result)  # more shapes: it is gone on with
+    with pytest.raises(PreflightError, match=r"its plan has rounds 2, this one 3[^;]*\n.*another --out, or delete it"):
+        device.check_result(replace(asked, plan=replace(PLAN, rounds=3)), result)
+    with pytest.raises(PreflightError, match="its reference has another shape"):
+        device.check_result(replace(asked, reference=asked.candidates[0]), result)
+    theirs = json.loads(result.read_text())
+    theirs["device"]["processor"] = "Cortex-A76"
+    result.write_text(json.dumps(theirs))
+    with pytest.raises(PreflightError, match="its device has processor Cortex-A76, this one"):
+        device.check_result(asked, result)
+    with pytest.raises(PreflightError, match="is a folder"):
+        device.check_result(asked, tmp_path)
+    result.write_text("{}")
+    with pytest.raises(IntegrityError, match="is no device profile"):
+        device.check_result(asked, result)
+
+
+def with_dependencies(*names: str) -> set[str]:
+    """Distributions and all that they require here, extras aside."""
+    found: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            wanted = map(Requirement, distribution(name).requires or [])
+            left += [one.name for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return found
+
+
 @pytest.fixture(scope="session")
 def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter that has every package of this one but lmdistill."""
+    """An interpreter that has what `pip install llama-cpp-python gguf` brings, and no more."""
     folder = tmp_path_factory.mktemp("bare") / "venv"
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
@@ -116,9 +152,12 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text=True,
         check=True,
     )
-    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if entry.suffix != ".pth" and "lmdistill" not in entry.name:
-            (Path(found.stdout.strip()) / entry.name).symlink_to(entry)
+    for name in with_dependencies("llama-cpp-python", "gguf"):
+        package = distribution(name)
+        for top in {file.parts[0] for file in package.files or [] if file.parts[0] != ".."}:
+            link = Path(found.stdout.strip()) / top
+            if not link.exists():  # a folder may be of several
+                link.symlink_to(Path(str(package.locate_file(top))))
     return python
 
 
@@ -164,6 +203,52 @@ def test_a_request_that_is_none_is_one_message(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "r.json").write_text(json.dumps({**request(2).to_json(), "candidates": [{"layers": 3}]}))
     assert main([str(tmp_path / "r.json")]) == 2
     assert "is a damaged profile request" in capsys.readouterr().err
+
+
+def test_what_the_machine_refuses_is_one_message(
+    groups: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmdistill.search.device_program import main
+
+    asked = tmp_path / "r.json"
+    asked.write_text(json.dumps(request(2).to_json()))
+    assert main([str(tmp_path)]) == 2
+    assert "is no profile request" in capsys.readouterr().err
+    assert main([str(asked), "--out", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert main([str(asked), "--out", str(asked / "p.json")]) == 2
+    assert "error: [Errno" in capsys.readouterr().err
+
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(device, "write_random_gguf", full)
+    assert main([str(asked)]) == 2
+    shown = capsys.readouterr().err
+    assert "error: [Errno 28] No space left on device" in shown and "do:" in shown
+
+
+def test_the_script_does_not_write_over_another_devices_profile(
+    groups: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lmdistill.search.device_program import main
+
+    asked, result = tmp_path / "r.json", tmp_path / "device_profile.json"
+    asked.write_text(json.dumps(request(2).to_json()))
+    assert main([str(asked)]) == 0 and main([str(asked)]) == 0 and len(groups) == 1
+    before = result.read_bytes()
+    assert main([str(asked), "--threads", "2"]) == 2
+    assert "its plan has threads 1, this one 2" in capsys.readouterr().err and result.read_bytes() == before
+
+
+@pytest.mark.parametrize("threads", ["-3", "0", "two"])
+def test_a_number_of_threads_that_is_none_is_said(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from lmdistill.search.device_program import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["r.json", f"--threads={threads}"])
+    assert ended.value.code == 2
+    assert f"'{threads}' is no number of threads: 1 or more" in capsys.readouterr().err
 
 
 def test_the_script_has_the_same_bytes_whenever_it_is_written(tmp_path: Path) -> None:

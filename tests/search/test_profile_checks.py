@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from toys.search_shapes import known_profile, toy_space, toy_whole
 
+from lmdistill.search.config import SearchConfig
 from lmdistill.search.design import spread_out
 from lmdistill.search.keys import DeviceSearchConfig
 from lmdistill.search.profile_checks import profile_problems
@@ -52,6 +53,17 @@ def test_a_missing_or_foreign_profile_is_said(profile: str, tmp_path: Path) -> N
     assert "in q4_0, timing.format is q8_0" in text
     (text,) = said(device=profile, timing={"prompts": [512, 4096]}, budgets=["ttft_ms@4096 <= 9"])
     assert "the profile has prompts of 512, 1024 tokens" in text
+
+
+def test_a_profile_of_another_shortest_prompt_judges_no_plain_ttft(profile: str) -> None:
+    (text,) = said(device=profile, timing={"prompts": [128]}, budgets=["ttft <= 9x teacher", "file_mb <= 100"])
+    assert "'ttft <= 9x teacher': the profile's shortest prompt has 512 tokens, that of timing.prompts 128" in text
+    assert "set timing.prompts to [512]" in text
+    assert said(device=profile, timing={"prompts": [128]}, budgets=["file_mb <= 100"]) == []
+    assert said(device=profile, timing={"prompts": [128, 512]}, budgets=["ttft@512 <= 9x teacher"]) == []
+    searching = SearchConfig(device=profile, timing={"prompts": [128]}, objectives=["decode_ms", "ttft_ms"])
+    (error,) = profile_problems(searching, toy_space())
+    assert "the objective ttft_ms: the profile's shortest prompt has 512" in error.what
 
 
 def test_a_profile_of_students_that_do_other_work_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lmdistill.search.heldout import TrainingRows
 from lmdistill.search.ranking import Ranking
 from lmdistill.search.sandwich import TRAINED, Sandwich, train_supernet
 from lmdistill.search.space import shape_of
+from lmdistill.search.sub_space import SubSpace
 from lmdistill.training.ranks import Ranks
 from lmdistill.training.run import Place
 
@@ -129,6 +130,23 @@ def test_two_processes_train_the_same_candidates_as_one_does(
     for name, tensor in one.items():  # sums of other order move a weight with hardly any gradient either way
         apart, moved = (two[name] - tensor).abs().mean(), (tensor - before[name]).abs().mean()
         assert apart <= 0.02 * moved, name
+
+
+def test_the_extremes_are_looked_for_once(world: run.World, monkeypatch: pytest.MonkeyPatch) -> None:
+    sub, seen = SubSpace("again", world.subs[0].space, world.subs[0].shapes), list[SubSpace]()
+    every = SubSpace.one_of_each_shape
+
+    def counted(self: SubSpace) -> Iterator[Candidate]:
+        seen.append(self)
+        return every(self)
+
+    monkeypatch.setattr(SubSpace, "one_of_each_shape", counted)
+    sandwich = Sandwich(sub, RANKING, 1, 1.0, 0)
+    for step in range(5):
+        sandwich.candidates(step)
+    assert seen == [sub]
+    sizes = [candidate.parameters for candidate in every(sub)]
+    assert (sub.smallest().parameters, sub.largest().parameters) == (min(sizes), max(sizes))
 
 
 def test_rows_that_are_held_out_are_never_trained_on(signals: Artefact) -> None:

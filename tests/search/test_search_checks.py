@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from lmdistill.stages.teach import TeachConfig
 from lmdistill.training.config import DistillConfig
 
 
-def said(teacher: ModelRef, profile: Path, teach: dict[str, Any] | None = None, **keys: Any) -> list[str]:
+def planned(
+    teacher: ModelRef, profile: Path, teach: dict[str, Any] | None = None, **keys: Any
+) -> PreflightContext[SearchConfig]:
     config = SearchConfig.model_validate({**KEYS, "device": str(profile), **keys})
     sources = [{"source": "text.txt"}]
     corpus = CorpusConfig.model_validate({"sources": sources, "sequence_length": 24, "train_tokens": 24 * 16})
@@ -27,8 +31,11 @@ def said(teacher: ModelRef, profile: Path, teach: dict[str, Any] | None = None, 
         "corpus": [Planned("corpus", "corpus", "corpus", "c" * 64, corpus)],
         "signals": [Planned("teach", "teach", "signals", "e" * 64, TeachConfig.model_validate(teach or {}))],
     }
-    ctx = PreflightContext("search", config, inputs, teacher, profile.parent)
-    return [problem.render() for problem in SearchStage().preflight(ctx)]
+    return PreflightContext("search", config, inputs, teacher, profile.parent)
+
+
+def said(teacher: ModelRef, profile: Path, teach: dict[str, Any] | None = None, **keys: Any) -> list[str]:
+    return [problem.render() for problem in SearchStage().preflight(planned(teacher, profile, teach, **keys))]
 
 
 def test_a_search_that_can_work_has_no_problem(teacher: ModelRef, profile: Path) -> None:
@@ -48,6 +55,12 @@ def test_a_search_that_can_work_has_no_problem(teacher: ModelRef, profile: Path)
         ({"space": {"hidden_sizes": [40, 64]}}, "hidden_sizes: no candidate can have 40"),
         ({"space": {"depth": [2, 9]}}, "more than the teacher's 4"),
         ({"budgets": ["decode >= 900x teacher"]}, "the nearest point is decode_tps"),
+        ({"weights": "tuned", "finalists": {"count": 1}}, "a single one has none"),
+        ({"supernet": {"keep": True}, "method": "prune"}, "`method: prune` trains none"),
+        (
+            {"device": "local", "space": {"sub_spaces": {"giant": {"parameters": [900, 901]}}}},
+            "sub-space 'giant' has no candidate: the nearest has",
+        ),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -61,9 +74,41 @@ def test_a_cache_of_drawn_ids_is_refused(teacher: ModelRef, profile: Path) -> No
     assert "ranks students on the teacher's top K, and 'teach' draws ids" in text
 
 
+def test_a_teacher_whose_config_speaks_other_words_is_refused(profile: Path, tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    teacher = ModelRef("teacher", tmp_path, "b" * 64)
+    (text,) = said(teacher, profile)
+    assert "cannot be grown from a teacher of type 'gpt2'" in text
+    assert SearchStage().estimate(planned(teacher, profile)).seconds is None
+
+
+def test_what_is_not_installed_is_said(teacher: ModelRef, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("scipy", "gguf") else there(name))
+    (text,) = said(teacher, profile)
+    assert "needs the package scipy" in text
+    assert len(said(teacher, profile, device="local")) == 2  # what times shapes here, too
+
+
+def test_the_versions_of_all_that_decides_are_in_the_fingerprint() -> None:
+    assert {"optuna", "scipy", "llama-cpp-python", "gguf"} <= set(SearchStage().tools)
+
+
 def test_a_teacher_with_a_head_of_its_own_is_refused(profile: Path, tmp_path: Path) -> None:
     untied = save_teacher(tmp_path, tie_word_embeddings=False)
     assert any("tied" in text for text in said(untied, profile))
+
+
+@pytest.mark.parametrize("key", ["rounds", "bursts", "candidates", "decode"])
+def test_more_timing_is_estimated_to_take_longer(teacher: ModelRef, profile: Path, key: str) -> None:
+    def seconds(**timing: int) -> float:
+        keys = {"device": "local", "timing": {**KEYS["timing"], **timing}}
+        return SearchStage().estimate(planned(teacher, profile, **keys)).seconds or 0.0
+
+    few, many = seconds(**{key: 20}), seconds(**{key: 200})
+    without = SearchStage().estimate(planned(teacher, profile)).seconds or 0.0  # a profile is there already
+    assert 0 < without < few < many
 
 
 def test_what_comes_after_a_search_is_estimated_for_the_largest_student(teacher: ModelRef, tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from supernet_toys import BLOCKS, KEYS, folder_bytes
+from supernet_toys import BLOCKS, KEYS, LENGTH, folder_bytes
 
+from lmdistill.corpus.config import CorpusConfig
 from lmdistill.errors import LmdistillError
-from lmdistill.pipeline.stage import SilentProgress, StageContext
+from lmdistill.pipeline.stage import Planned, PreflightContext, SilentProgress, StageContext
 from lmdistill.search.candidate import Candidate
 from lmdistill.search.record import supernet_file
 from lmdistill.search.run import begin
@@ -54,6 +55,16 @@ def test_a_search_ends_with_a_student_and_all_that_was_tried(whole: Path) -> Non
     model = load_model(whole / "out" / "model")
     assert sum(p.numel() for p in model.parameters()) == winner.parameters == student["parameters"]
     assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_the_disk_that_is_estimated_holds_all_that_is_left(whole: Path, context: Make) -> None:
+    ctx = context(whole)
+    corpus = CorpusConfig.model_validate({"sources": [{"source": "text.txt"}], "sequence_length": LENGTH})
+    inputs = {"corpus": [Planned("corpus", "corpus", "corpus", "c" * 64, corpus)]}
+    planned = PreflightContext("search", ctx.config, inputs, ctx.need_teacher(), whole)
+    left = sum(len(content) for name in ("out", "work") for content in folder_bytes(whole / name).values())
+    estimate = STAGE.estimate(planned).disk_bytes
+    assert estimate is not None and left <= estimate <= 2 * left
 
 
 def test_stopped_and_resumed_is_never_stopped(whole: Path, context: Make, tmp_path: Path) -> None:
@@ -155,6 +166,22 @@ def test_budgets_that_nothing_keeps_are_refused_before_anything_is_trained(conte
     with pytest.raises(LmdistillError, match="nearest point"):
         run(context(tmp_path, budgets=["decode_tps >= 1e9"]))
     assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_sub_space_that_cannot_keep_the_budgets_is_left_out_and_said(
+    context: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(SilentProgress, "note", lambda self, text: told.append(text))
+    bands = {"small": {"parameters": [0, 0.06]}, "base": {"parameters": [0.06, 1]}}
+    keys = {"method": "prune", "finalists": {"count": 1, "fit_steps": 0}, "budgets": ["file_mb <= 0.06"]}
+    run(context(tmp_path, **keys, space={**KEYS["space"], "sub_spaces": bands}))
+    found = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert [each["name"] for each in found["sub_spaces"]] == ["small"]
+    assert {one["sub_space"] for one in found["candidates"]} == {"small"}
+    (note,) = (text for text in told if text.startswith("not searched: "))
+    assert "no candidate of sub-space 'base' keeps the budgets 'file_mb <= 0.06'" in note
+    assert "the nearest point is file_mb" in note
 
 
 def test_the_winner_keeps_the_budgets(context: Make, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from pydantic import ValidationError
 from lmdistill.deployment.planned import parameters_by, student_ahead
 from lmdistill.errors import IntegrityError, LmdistillError
 from lmdistill.pipeline.stage import Planned, PreflightContext
-from lmdistill.search.candidate import Candidate
+from lmdistill.search.ahead import largest
+from lmdistill.search.candidate import Candidate, Layer
 from lmdistill.search.config import SearchConfig
+from lmdistill.search.keys import DeviceSearchConfig
 from lmdistill.search.space import Space, SpaceConfig
-from lmdistill.search.space_problems import problems
+from lmdistill.search.space_problems import open_space, problems
 from lmdistill.search.sub_space import SubSpace, sub_spaces
 from lmdistill.training.config import DistillConfig
 
@@ -115,7 +118,7 @@ def test_the_layers_sources_and_order_leave_the_shape_alike() -> None:
     sub = sub_spaces(space_of(KEYS))[0]
     one = sub.largest()
     moved = Candidate.from_json({**one.to_json(), "layers": [[s + 1, o] for s, o in one.to_json()["layers"]]})
-    turned = one.with_operators(one.operators[::-1])
+    turned = replace(one, layers=tuple(map(Layer, one.sources, one.operators[::-1])))
     for other in (moved, turned):
         assert one.shape_digest == other.shape_digest and one.digest != other.digest
     assert one.shape_digest != sub.smallest().shape_digest
@@ -126,8 +129,6 @@ def test_largest_and_smallest_bound_every_candidate() -> None:
         low, high = sub.smallest().parameters, sub.largest().parameters
         drawn = [sub.sample(random.Random(seed)) for seed in range(20)]
         assert all(low <= each.parameters <= high for each in drawn)
-        room = sub.maxima
-        assert all(each.hidden_size <= room.hidden_size and each.depth <= room.depth for each in drawn)
 
 
 def test_sub_spaces_hold_what_their_bands_say() -> None:
@@ -156,6 +157,7 @@ def test_a_band_without_a_candidate_is_refused_by_name() -> None:
         ({"attention_at": [30]}, "q4_0", "no block 30"),
         ({"operators": ["attention"], "attention_layers": [1, 2]}, "q4_0", "every layer"),
         ({"depth": [4, 6], "attention_layers": [9, 12]}, "q4_0", "attention layers"),
+        ({"sub_spaces": {"giant": {"parameters": [900, 901]}}}, "q4_0", "'giant' has no candidate: the nearest has"),
     ],
 )
 def test_a_space_that_cannot_ship_is_said_before_work(keys: dict[str, Any], format_name: str, said: str) -> None:
@@ -176,6 +178,23 @@ def test_a_space_of_multiples_of_256_ships_in_k_quants() -> None:
 def test_keys_that_contradict_are_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         SpaceConfig(**keys)
+
+
+@pytest.mark.parametrize("name", ["fast/small", "..", "a b", "", "klein\n"])
+def test_a_sub_space_is_named_as_a_file_can_be(name: str) -> None:
+    with pytest.raises(ValidationError, match="cannot name a sub-space: take letters, digits, - and _"):
+        SpaceConfig(sub_spaces={name: {"parameters": [1, 2]}})
+    assert SpaceConfig(sub_spaces={"Fast-2_b": {"parameters": [1, 2]}}).sub_spaces
+
+
+def test_a_teacher_without_the_sizes_that_are_read_is_a_problem_and_no_space() -> None:
+    gpt2 = {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257}
+    space, ((what, _),) = open_space(SpaceConfig(**KEYS), gpt2, "q4_0")
+    assert space is None and "cannot be grown from a teacher of type 'gpt2'" in what
+    assert largest(DeviceSearchConfig(), gpt2) is None
+    cut = {key: value for key, value in SMOLLM2.items() if key != "num_hidden_layers"}
+    space, ((what, _),) = open_space(SpaceConfig(**KEYS), cut, "q4_0")
+    assert space is None and "has no `num_hidden_layers`" in what
 
 
 def test_damaged_json_is_no_candidate() -> None:

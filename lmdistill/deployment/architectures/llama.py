@@ -92,11 +92,11 @@ class Llama(LlamaLike):
 
     def extra_tensors(self) -> dict[str, Any]:
         """Llama 3's stretching of the slow rotary frequencies, as the divisors llama.cpp reads."""
-        import torch
-
         rope = self.rope
         if rope["rope_type"] != "llama3":
             return {}
+        import torch  # not there on a device that only times random models
+
         trained = rope["original_max_position_embeddings"]
         low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
         divisors = []
