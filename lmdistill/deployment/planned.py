@@ -21,9 +21,12 @@ def planned_config(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> di
     """What `lmdistill.deployment.architectures` reads of a config.json, for a student made after this teacher.
 
     `student` holds the student stage's keys; which layers attend is not known yet, only how many. None where the
-    student comes from a checkpoint of its own.
+    student comes from a checkpoint of its own, or the teacher's config.json has other words for its sizes.
     """
     if student.get("init") == "checkpoint" or "architecture" not in student:
+        return None
+    inherited = [name for key, name in _TEACHERS.items() if not student.get(key)]
+    if not teacher.keys() >= {"vocab_size", "max_position_embeddings", *inherited}:
         return None
     layers, attention = student["layers"], student["attention_layers"]
     widths = {name: student.get(key) or teacher[name] for key, name in _TEACHERS.items()}

@@ -96,10 +96,12 @@ class StudentStage(Stage[StudentConfig]):
 
         teacher = json.loads((ctx.teacher.path / "config.json").read_text())
         parameters = planned_parameters(ctx.config.model_dump(), teacher)
+        if parameters is None:
+            return Estimate(note=f"unknown: a {teacher.get('model_type')} has other names for its sizes")
         if ctx.config.init == "random":
-            return of_random(parameters or 0)
+            return of_random(parameters)
         length = getattr(ctx.one("corpus").config, "sequence_length", 1024)
-        return of_growing(ctx.config, teacher, parameters or 0, length)
+        return of_growing(ctx.config, teacher, parameters, length)
 
     def run(self, ctx: StageContext[StudentConfig]) -> dict[str, Any]:
         """Make the student, save it with the corpus' tokenizer, count its parameters."""

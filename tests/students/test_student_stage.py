@@ -139,6 +139,18 @@ def test_teachers_that_lfm2_has_no_place_for_are_refused_before_work(
     assert message in problem.what
 
 
+def test_a_teacher_that_names_its_sizes_otherwise_is_refused_and_breaks_no_estimate(tmp_path: Path) -> None:
+    """As GPT-2's config.json does."""
+    config = {"model_type": "gpt2", "n_embd": 48, "n_layer": 4, "n_head": 3, "vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ctx = PreflightContext(
+        "student", StudentConfig(layers=3, attention_layers=1), {}, ModelRef("gpt2", tmp_path, "b" * 64), tmp_path
+    )
+    [problem] = STAGE.preflight(ctx)
+    assert "cannot be grown from a teacher of type 'gpt2'" in problem.what
+    assert "a gpt2 has other names for its sizes" in STAGE.estimate(ctx).note
+
+
 def test_keys_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValidationError, match="attention_layers 9 is more than layers 4"):
         StudentConfig(layers=4, attention_layers=9)
