@@ -23,7 +23,7 @@ from lmdistill.search.space import Space
 from searching.bench import Bench
 
 ENDS = 2  # the largest and the smallest candidate of a sandwich step
-MARGIN = 0.1  # of the front's extent, by which a hypervolume's reference lies beyond its ends
+MARGIN = 0.1  # by which a hypervolume's reference lies beyond the points: those on its edge count nothing
 
 
 def search(bench: Bench) -> dict[str, Any]:
@@ -75,20 +75,23 @@ def _drawn(world: run.World, seed: int, count: int) -> list[Candidate]:
 
 
 def compared(ours: list[list[float]], drawn: list[list[float]]) -> dict[str, Any]:
-    """The hypervolume of `ours` over that of `drawn`, up to a reference a tenth beyond the ends of their joint front.
+    """The hypervolume of `ours` over that of `drawn`, up to a reference a tenth beyond the worst of all of them.
 
-    So the ends count too. Also up to the worst of all points, where points far from any front make the box.
+    So no point lies on the edge of the box, where it would count nothing. Other references beside it: the worst of
+    all, and a tenth of its extent beyond the joint front (None where no point of `drawn` comes so near to it).
     """
     points_NM = np.array([*ours, *drawn])
     beaten_NN = (points_NM[None] <= points_NM[:, None]).all(-1) & (points_NM[None] < points_NM[:, None]).any(-1)
-    front_NM = points_NM[~beaten_NN.any(1)]
-    extent_M = np.where(np.ptp(front_NM, 0) > 0, np.ptp(front_NM, 0), front_NM.max(0))  # one point has none
-    reference_M, ideal_M = front_NM.max(0) + MARGIN * extent_M, front_NM.min(0)
-    boxes = {"": (reference_M, ideal_M), "_to_the_worst_of_all": (points_NM.max(0), np.zeros_like(ideal_M))}
-    found: dict[str, Any] = {"reference": reference_M.tolist()}
-    for name, (far_M, near_M) in boxes.items():
-        searched, random_ones = (hypervolume(np.array(each) - near_M, far_M - near_M) for each in (ours, drawn))
-        found["ratio" + name] = round(searched / random_ones, 4) if random_ones else None
+    front_NM, worst_M = points_NM[~beaten_NN.any(1)], points_NM.max(0)
+    boxes = {
+        "ratio": (1 + MARGIN) * worst_M,
+        "ratio_to_the_worst_of_all": worst_M,
+        "ratio_near_the_front": front_NM.max(0) + MARGIN * np.ptp(front_NM, 0),
+    }
+    found: dict[str, Any] = {"reference": boxes["ratio"].tolist()}
+    for name, box_M in boxes.items():
+        searched, random_ones = (hypervolume(np.array(each), box_M) for each in (ours, drawn))
+        found[name] = round(searched / random_ones, 4) if random_ones else None
     return found
 
 
