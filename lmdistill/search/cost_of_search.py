@@ -49,7 +49,7 @@ def of_search(ctx: PreflightContext[SearchConfig]) -> Estimate:
 def _timing(config: SearchConfig, middle: float) -> float:
     """Seconds of timing on this machine: files × rounds × tokens, with a round to warm up.
 
-    Files are the shapes, the teacher, the finalists at the end, and beside each group of them the reference.
+    Files are the shapes, the teacher, one shortlist, and beside each group of them the reference.
     """
     if isinstance(config.device, Path):
         return 0.0

@@ -15,6 +15,7 @@ from lmdistill.errors import LmdistillError
 from lmdistill.pipeline.stage import Progress
 from lmdistill.search import device, feasible, on_device
 from lmdistill.search.candidate import Candidate
+from lmdistill.search.design import teacher_candidate
 from lmdistill.search.keys import DeviceSearchConfig
 from lmdistill.search.latency import LatencyModel
 from lmdistill.search.profile import Profile, Request
@@ -28,7 +29,7 @@ class ModelledDevice:
     """Figures by the latency model of a profile, and by how much they exceed the budgets."""
 
     def __init__(self, config: DeviceSearchConfig, teacher: Mapping[str, Any], profile: Profile) -> None:
-        self.profile, self._config, self._bounds = profile, config, config.bounds
+        self.profile, self._config, self._bounds, self._teacher = profile, config, config.bounds, teacher
         self.model = LatencyModel.fit(profile)
         self.teacher = with_decode_ms(feasible.teacher_figures(profile, self.model, teacher))
 
@@ -66,18 +67,20 @@ class ModelledDevice:
             note(f"not searched: {error.what}: {error.why}; {error.fix}")
         return kept
 
-    def measure(self, candidates: Sequence[Candidate], work: Path) -> dict[str, dict[str, float]]:
-        """Measured figures by candidates' digests, where the device is this machine; kept in `work`.
+    def timed(self, candidates: Sequence[Candidate], work: Path) -> dict[str, dict[str, float]]:
+        """Figures by shapes' digests of those that are timed beside the teacher, here or in the profile before.
 
-        They are at the reference's speed in the profile, so the teacher's and the budgets can be held against them.
+        At the speed that it has in the profile, so that budgets relative to it are judged by ratios of one moment.
+        Where it could not be timed, the profile's reference stands for it. Kept in `work`, and in the profile.
         """
-        if isinstance(self._config.device, Path):
-            return {}
-        request = Request(self.profile.plan, self.profile.reference, tuple(candidates))
-        timed = device.run(request, work / FINALISTS, work / "timed")
-        return {
-            one.digest: with_decode_ms(self.profile.figures(timed.measured[one.shape_digest])) for one in candidates
-        }
+        beside = self.profile.measured.get(teacher_candidate(self._teacher).shape_digest)
+        if not isinstance(self._config.device, Path):
+            reference = self.profile.reference if beside is None else beside.candidate
+            request = Request(self.profile.plan, reference, tuple(candidates))
+            self.profile.checked |= device.run(request, work / FINALISTS, work / "timed").measured
+        shapes = {one.shape_digest for one in candidates} & self.profile.checked.keys()
+        figures = {shape: self.profile.figures(self.profile.checked[shape], beside) for shape in sorted(shapes)}
+        return {shape: with_decode_ms(each) for shape, each in figures.items()}
 
 
 def with_decode_ms(figures: Mapping[str, float]) -> dict[str, float]:

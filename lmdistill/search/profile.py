@@ -119,6 +119,7 @@ class Profile:
     reference: Candidate
     device: dict[str, Any]
     measured: dict[str, Measured] = field(default_factory=dict)
+    checked: dict[str, Measured] = field(default_factory=dict)  # finalists, beside the teacher: no part of any fit
 
     @cached_property
     def _reference_seconds(self) -> dict[str, float]:
@@ -127,15 +128,18 @@ class Profile:
             for task in self.plan.tasks
         }
 
-    def seconds(self, measured: Measured, task: str) -> float:
-        """A candidate's time for a task, as it would be at the reference's median speed over the whole profile."""
-        return measured.ratio(task) * self._reference_seconds[task]
+    def seconds(self, measured: Measured, task: str, beside: Measured | None = None) -> float:
+        """A candidate's time for a task, as it would be at the reference's median speed over the whole profile.
 
-    def figures(self, measured: Measured) -> dict[str, float]:
+        Where `measured` was timed beside another of the profile's shapes, at the speed that this one has in it.
+        """
+        return measured.ratio(task) * (self._reference_seconds[task] if beside is None else self.seconds(beside, task))
+
+    def figures(self, measured: Measured, beside: Measured | None = None) -> dict[str, float]:
         """What budgets bound, as measured at that speed; `ttft_ms` alone is that of the shortest prompt."""
-        ttft_ms = {tokens: self.seconds(measured, prefill_task(tokens)) * 1e3 for tokens in self.plan.prompts}
+        ttft_ms = {tokens: self.seconds(measured, prefill_task(tokens), beside) * 1e3 for tokens in self.plan.prompts}
         return {
-            "decode_tps": self.plan.decode / self.seconds(measured, DECODE),
+            "decode_tps": self.plan.decode / self.seconds(measured, DECODE, beside),
             "ttft_ms": ttft_ms[min(ttft_ms)],
             **{f"ttft_ms@{tokens}": value for tokens, value in ttft_ms.items()},
             "ram_mb": measured.peak_rss_bytes / _MEGA,
@@ -155,6 +159,7 @@ class Profile:
             "plan": asdict(self.plan),
             "reference": self.reference.to_json(),
             "measured": [each.to_json() for each in self.measured.values()],
+            **({"checked": [each.to_json() for each in self.checked.values()]} if self.checked else {}),
         }
 
     @staticmethod
@@ -166,7 +171,9 @@ class Profile:
             plan = TimingPlan.from_json(data["plan"])
             profile = Profile(plan, Candidate.from_json(data["reference"]), dict(data["device"]))
             profile.add(map(Measured.from_json, data["measured"]))
-            for each in profile.measured.values():
+            checked = map(Measured.from_json, data.get("checked", ()))
+            profile.checked = {each.candidate.shape_digest: each for each in checked}
+            for each in (*profile.measured.values(), *profile.checked.values()):
                 profile.figures(each)  # every task has its times, of candidate and reference alike
         return profile
 

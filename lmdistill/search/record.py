@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lmdistill.search.costs import ModelledDevice
     from lmdistill.search.make_supernet import Making
     from lmdistill.search.run import Tried
+    from lmdistill.search.shortlist import Shortlist
     from lmdistill.students.regression import Fit
 
 FILE = "search.json"
@@ -67,7 +68,7 @@ def write(
     tried: Sequence[Tried],
     finalists: Sequence[Finalist],
     costs: ModelledDevice,
-    measured: Mapping[str, Mapping[str, float]],
+    timed: Shortlist,
     tokenizer: Path,
 ) -> dict[str, Any]:
     """The winner's model, student.json and search.json; returns the metrics."""
@@ -87,7 +88,7 @@ def write(
     }
     student = {"init": "search", **counts, "plan": plan_of(candidate, tried[0].sub.space.blocks)}
     (ctx.out / "student.json").write_text(json.dumps({**student, "candidate": candidate.to_json()}, indent=1) + "\n")
-    write_json(ctx.out / FILE, _search(config, tried, finalists, costs, measured))
+    write_json(ctx.out / FILE, _search(config, tried, finalists, costs, timed))
     return {**counts, "tried": sum(len(each.scored) for each in tried), "winner": candidate.digest}
 
 
@@ -115,7 +116,7 @@ def _search(
     tried: Sequence[Tried],
     finalists: Sequence[Finalist],
     costs: ModelledDevice,
-    measured: Mapping[str, Mapping[str, float]],
+    timed: Shortlist,
 ) -> dict[str, Any]:
     """search.json: what was asked, what was tried, who came to the end and who won."""
     objectives, everyone = config.objectives, [one for each in tried for one in each.scored]
@@ -135,7 +136,8 @@ def _search(
             for one in generation
         ],
         "front": [one.candidate.digest for one in front(everyone, objectives)],
-        "finalists": [_of_finalist(one, measured) for one in finalists],
+        "finalists": [_of_finalist(one, timed) for one in finalists],
+        "timed": {shape: {"measured": timed.timed[shape], "excess": timed.excess[shape]} for shape in timed.timed},
         "winner": finalists[0].scored.candidate.digest,
     }
 
@@ -149,13 +151,13 @@ def _of_sub_space(tried: Tried, objectives: Sequence[str], reference_M: Any) -> 
     }
 
 
-def _of_finalist(finalist: Finalist, measured: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    digest = finalist.scored.candidate.digest
+def _of_finalist(finalist: Finalist, timed: Shortlist) -> dict[str, Any]:
+    candidate = finalist.scored.candidate
     return {
-        "digest": digest,
+        "digest": candidate.digest,
         "fitted": finalist.fitted,
         "rounds": finalist.rounds,
-        "measured": measured.get(digest),
+        "measured": timed.of(candidate),
     }
 
 

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 
 from lmdistill.errors import StageError
+from lmdistill.pipeline.files import write_json
 from lmdistill.search import record
 from lmdistill.search.bridging import bridge
-from lmdistill.search.costs import ModelledDevice, open_device
-from lmdistill.search.finalists import Finalist, Halving, chosen, halve, prepare
+from lmdistill.search.costs import PROFILE, ModelledDevice, open_device
+from lmdistill.search.finalists import Finalist, Halving, halve, prepare
 from lmdistill.search.heldout import HeldOutLoss, TrainingRows
 from lmdistill.search.methods import Found, Ground, find_method
 from lmdistill.search.ranking import Ranking, rank
 from lmdistill.search.scored import Scored
+from lmdistill.search.shortlist import Shortlist, shortlist
 from lmdistill.search.space import Space
 from lmdistill.search.sub_space import SubSpace, sub_spaces
 
@@ -76,12 +78,10 @@ def search(ctx: Context) -> dict[str, Any]:
     """Write out/model, out/student.json and out/search.json; the metrics hold the winner's size."""
     world = begin(ctx)
     tried = explore(ctx, world)
-    finalists = finals(ctx, world, tried)
-    measured = world.costs.measure([one.scored.candidate for one in finalists], ctx.work)
-    for budget, missed in world.costs.excess_of(measured.get(finalists[0].scored.candidate.digest)).items():
-        if missed > 0:
-            ctx.progress.note(f"as measured the student misses `{budget}` by {missed:.1%}; foretold, it keeps it")
-    return record.write(ctx, tried, finalists, world.costs, measured, world.tokenizer)
+    found = _shortlist(ctx, world, tried)
+    finalists = finals(ctx, world, tried, found)
+    write_json(ctx.out / PROFILE, world.costs.profile.to_json())  # with the finalists' timings: it repeats the search
+    return record.write(ctx, tried, finalists, world.costs, found, world.tokenizer)
 
 
 def begin(ctx: Context) -> World:
@@ -145,13 +145,19 @@ def explore(ctx: Context, world: World) -> list[Tried]:
     return tried
 
 
-def finals(ctx: Context, world: World, tried: Sequence[Tried]) -> list[Finalist]:
-    """The finalists, the winner first; StageError where no candidate that was tried keeps the budgets."""
-    config = ctx.config
+def _shortlist(ctx: Context, world: World, tried: Sequence[Tried]) -> Shortlist:
+    """Who is to be trained; StageError where no candidate that was tried keeps the budgets as foretold."""
     everyone = [one for each in tried for one in each.scored]
-    best = chosen(everyone, config.objectives, config.finalists.count)
-    if not best:
+    count, note = ctx.config.finalists.count, ctx.progress.note
+    found = shortlist(everyone, ctx.config.objectives, count, world.costs, ctx.work, note)
+    if not found.best:
         raise _nothing_feasible(everyone)
+    return found
+
+
+def finals(ctx: Context, world: World, tried: Sequence[Tried], found: Shortlist) -> list[Finalist]:
+    """The finalists, the winner first."""
+    config, best = ctx.config, found.best
     states = {one.candidate.digest: each.found.state or world.initial for each in tried for one in each.scored}
     finalists = prepare(
         best,

@@ -17,6 +17,7 @@ from lmdistill.corpus.config import CorpusConfig
 from lmdistill.errors import LmdistillError
 from lmdistill.pipeline.stage import Planned, PreflightContext, SilentProgress, StageContext
 from lmdistill.search.candidate import Candidate
+from lmdistill.search.profile import Measured, Profile, Request
 from lmdistill.search.record import supernet_file
 from lmdistill.search.run import begin
 from lmdistill.search.scored import Scored
@@ -145,21 +146,90 @@ def test_sub_spaces_are_searched_each_with_weights_of_its_own(context: Make, tmp
         assert torch.equal(model["model.embed_tokens.weight"], state[:, :width])
 
 
-def test_a_winner_that_misses_a_budget_as_measured_is_told(
-    context: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+CHEAP = {"method": "prune", "evolution": {"population": 6}, "finalists": {"count": 1, "fit_steps": 0}}
+
+
+def with_checked(profile: Path, folder: Path, shapes: list[Candidate], slower: float) -> str:
+    """The profile with shapes that were timed beside the teacher, so many times as slow as it."""
+    read = Profile.read(profile)
+    seconds = {task: [slower] for task in read.plan.tasks}
+    reference = {task: [1.0] for task in read.plan.tasks}
+    read.checked = {each.shape_digest: Measured(each, seconds, reference, 1, 1) for each in shapes}
+    file = folder / "checked.json"
+    file.write_text(json.dumps(read.to_json()))
+    return str(file)
+
+
+def winner_of(ctx: StageContext[Any]) -> Candidate:
+    run(ctx)
+    return Candidate.from_json(json.loads((ctx.out / "student.json").read_text())["candidate"])
+
+
+def test_a_shape_that_misses_a_budget_as_timed_is_set_aside(
+    context: Make, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Foretold it keeps it; the student is the same, and nobody is left in the belief that it was measured."""
-    from lmdistill.search.costs import ModelledDevice
-
-    def measure(self: ModelledDevice, candidates: Any, work: Path) -> dict[str, dict[str, float]]:
-        return {one.digest: {"decode_tps": 80.0} for one in candidates}
-
-    monkeypatch.setattr(ModelledDevice, "measure", measure)
+    """Foretold it keeps it, and would win; what the profile has of it is at the teacher's speed in this profile."""
     told: list[str] = []
     monkeypatch.setattr(SilentProgress, "note", lambda self, text: told.append(text))
-    keys = {"method": "prune", "finalists": {"count": 1, "fit_steps": 0}}
-    run(context(tmp_path, **keys, budgets=["decode_tps >= 100"]))
-    assert "as measured the student misses `decode_tps >= 100` by 20.0%; foretold, it keeps it" in told
+    keys = {**CHEAP, "budgets": ["decode >= 1.01x teacher"]}
+    best = winner_of(context(tmp_path / "foretold", **keys))
+    assert not any("set aside" in text for text in told)
+    file = with_checked(profile, tmp_path, [best], slower=1.25)
+    ctx = context(tmp_path / "timed", **keys, device=file)
+    assert winner_of(ctx).shape_digest != best.shape_digest
+    (note,) = (text for text in told if text.startswith("set aside: "))
+    assert "miss `decode >= 1.01x teacher` by 20.8% as timed" in note
+    found = json.loads((ctx.out / "search.json").read_text())
+    assert found["timed"][best.shape_digest]["measured"]["decode_tps"] == pytest.approx(
+        found["teacher"]["decode_tps"] / 1.25, rel=1e-5
+    )
+    assert json.loads((ctx.out / "profile.json").read_text()) == json.loads(Path(file).read_text())
+
+
+def test_where_no_shape_keeps_a_budget_as_timed_the_nearest_one_goes_on_and_that_is_told(
+    context: Make, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(SilentProgress, "note", lambda self, text: told.append(text))
+    keys = {**CHEAP, "budgets": ["decode >= 1.01x teacher"]}
+    ctx = context(tmp_path / "all", **keys)
+    run(ctx)
+    tried = [
+        Candidate.from_json(one["candidate"]) for one in json.loads((ctx.out / "search.json").read_text())["candidates"]
+    ]
+    file = with_checked(profile, tmp_path, tried, slower=1.25)
+    assert winner_of(context(tmp_path / "slow", **keys, device=file)).digest in {one.digest for one in tried}
+    assert told[-1].startswith("no shape of ") and "keeps the budgets as timed; the nearest: " in told[-1]
+
+
+def test_finalists_are_timed_beside_the_teacher(
+    context: Make, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the reference's own drift since then nothing can be judged that is relative to the teacher."""
+    from lmdistill.search import on_device
+
+    asked: list[Request] = []
+
+    def timed(request: Request, result: Path, work: Path, *_: Any) -> Profile:
+        asked.append(request)
+        seconds = {task: [1.0] for task in request.plan.tasks}
+        measured = [Measured(one, seconds, {t: [2.0] for t in seconds}, 1, 1) for one in request.candidates]
+        found = Profile(request.plan, request.reference, {})
+        found.add(measured)
+        return found
+
+    monkeypatch.setattr(on_device, "profile_of", lambda *_: Profile.read(profile))
+    monkeypatch.setattr("lmdistill.search.device.run", timed)
+    ctx = context(tmp_path, **CHEAP, device="local")
+    shutil.copyfile(profile, ctx.work / "profile.json")
+    winner = winner_of(ctx)
+    (request,) = asked
+    assert request.candidates == (winner,) and len(request.reference.layers) == BLOCKS
+    found = json.loads((ctx.out / "search.json").read_text())
+    assert found["finalists"][0]["measured"]["decode_tps"] == pytest.approx(
+        2 * found["teacher"]["decode_tps"], rel=1e-5
+    )
+    assert Profile.read(ctx.out / "profile.json").checked[winner.shape_digest].ratio("decode") == 0.5
 
 
 def test_budgets_that_nothing_keeps_are_refused_before_anything_is_trained(context: Make, tmp_path: Path) -> None:
