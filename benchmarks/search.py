@@ -6,15 +6,16 @@ The searched student, all candidates and the device's timings are those of a fin
 Beside them stands a student made by hand: grown by the `student` stage of recipes/lfm_qad.yaml, whose shape a person
 chose for this teacher and machine. The pieces, in order:
 - search: what was searched and found; the hand-made student by the latency model;
-- random: so many random candidates of the space, each trained from the teacher's weights, all together on as many
-  tokens as the super-network's candidates were, for the hypervolume of either;
+- random: so many random candidates that keep the budgets as foretold, each trained from the teacher's weights, all
+  together on as many tokens as the super-network's candidates were, for the hypervolume of either;
 - short: candidates from all over the search, each with a short distillation, for the rank correlation of the loss of
   inherited weights with that after it;
 - equal: the searched student as the run distilled it, the hand-made one distilled by the same keys on the same rows,
   and both scored on text that neither search nor training saw;
 - device: both shapes timed in turns as Q4_0 files.
 What is done is kept below --store. Stopped, or after --minutes, the same command goes on; figures of all that is there
-are written to benchmarks/results/search.json (null where a piece is missing). About half an hour on two quiet cores.
+are written to benchmarks/results/search.json (null where a piece is missing). It took 47 minutes on two cores beside
+other work.
 """
 
 from __future__ import annotations
