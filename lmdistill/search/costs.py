@@ -6,6 +6,7 @@ follows is the same every time.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,14 @@ class ModelledDevice:
         """The same of figures that are foretold or measured; nothing where there are none."""
         bounds = self._bounds if figures is not None else ()
         return {str(bound): round(bound.violation(figures or {}, self.teacher), 6) for bound in bounds}
+
+    def judged(self, candidate: Candidate, timed: Mapping[str, float]) -> dict[str, float]:
+        """By what share each budget is missed, by the means of what is foretold and what was timed.
+
+        Either errs by some percent: a timing by the noise of few rounds, the model where shapes are unlike its own.
+        """
+        foretold = self.figures(candidate)
+        return self.excess_of({name: math.sqrt(foretold[name] * value) for name, value in timed.items()})
 
     def within_budgets(self, subs: Sequence[SubSpace], note: Callable[[str], None]) -> list[SubSpace]:
         """The sub-spaces where some candidate keeps the budgets: no other can hold the winner; `note` gets why.

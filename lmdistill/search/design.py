@@ -49,9 +49,14 @@ def teacher_candidate(teacher: Mapping[str, Any]) -> Candidate:
 
 
 def request(sub: SubSpace, teacher: Mapping[str, Any], plan: TimingPlan, count: int, seed: int = 0) -> Request:
-    """What a device shall time for a space: the teacher, `count` shapes, the median one beside each as reference."""
+    """What a device shall time for a space: `count` shapes, with the teacher beside each group of them as reference.
+
+    So a budget relative to the teacher is a ratio of times from the same rounds, and its own noise is in none of them.
+    Where the teacher cannot be timed, the median shape is the reference.
+    """
     chosen = spread_out(sub, count, seed)
-    by_size = sorted(chosen, key=lambda candidate: candidate.parameters)
     own = teacher_candidate(teacher)
-    first = [own] if not own.problems(plan.format) else []
-    return Request(plan, by_size[len(by_size) // 2], (*first, *chosen))
+    if not own.problems(plan.format):
+        return Request(plan, own, (own, *chosen))
+    by_size = sorted(chosen, key=lambda candidate: candidate.parameters)
+    return Request(plan, by_size[len(by_size) // 2], tuple(chosen))

@@ -1,7 +1,9 @@
 """Multi-objective evolution of candidates with Optuna's NSGA-II: it selects, the sub-space's own moves make children.
 
 To Optuna a candidate is its genes: what each block of the teacher becomes, and the widths. Children are made by
-the sub-space's own crossover or mutation, of parents that nothing beats: every trial is a student that can ship.
+the sub-space's own crossover or mutation, of parents that nothing beats: every trial is a student that can ship. With
+a ranking of the teacher's blocks, what is random of a placement is what the ranking says under noise: of thirty blocks
+most sets cannot work, and a search of fifty candidates has none to lose on them.
 Budgets are constraints: a candidate that exceeds them less is better than one that exceeds them more, and both are
 worse than any that keeps them. The same seed makes the same search.
 """
@@ -16,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from lmdistill.search.candidate import Candidate, Operator
 from lmdistill.search.front import front
-from lmdistill.search.scored import Scored
+from lmdistill.search.placement import Picker
+from lmdistill.search.scored import RANKED, Scored
 from lmdistill.search.space import Shape, shape_of
 from lmdistill.search.sub_space import SubSpace
 
 if TYPE_CHECKING:
     import optuna
+
+    from lmdistill.search.ranking import Ranking
 
 GONE = "gone"
 ATTEMPTS = 20  # at a candidate that was not tried before
@@ -40,6 +45,7 @@ class Evolution:
     crossover: float
     objectives: tuple[str, ...]
     seed: int
+    noise: float = 0.0  # on a ranking, in places
 
 
 def genes_of(candidate: Candidate, blocks: int) -> Genes:
@@ -67,29 +73,49 @@ def candidate_of(genes: Genes, sub: SubSpace) -> Candidate:
 class _Children:
     """Makes candidates: those that begin, then children that stay in the sub-space and are not there already."""
 
-    def __init__(self, sub: SubSpace, first: Sequence[Candidate], how: Evolution) -> None:
-        self.sub, self.how = sub, how
-        self.beginners = _beginners(sub, first, how)
+    def __init__(
+        self, sub: SubSpace, first: Sequence[Candidate], how: Evolution, ranking: Ranking | None = None
+    ) -> None:
+        self.sub, self.how, self.ranking = sub, how, ranking
+        self.beginners = self._beginners(first)
         self.tried: dict[str, Scored] = {}
 
     def next(self, number: int, parents: Sequence[Candidate]) -> Candidate:
         """The candidate of trial `number`; without parents one of those that begin."""
         if not parents:
             return self.beginners[number]
-        rng = random.Random(f"{self.how.seed} child {number}")
-        child = self._child(parents, rng)
+        pick = self._picker(random.Random(f"{self.how.seed} child {number}"))
+        child = self._child(parents, pick)
         for _ in range(ATTEMPTS):
             if child.digest not in self.tried:
                 break
-            child = self.sub.mutate(child, rng)
+            child = self.sub.mutate(child, pick)
         return child
 
-    def _child(self, parents: Sequence[Candidate], rng: random.Random) -> Candidate:
-        leading = self._leading(parents)
+    def _picker(self, rng: random.Random) -> Picker:
+        return self.ranking.picker(rng, self.how.noise) if self.ranking else Picker(rng)
+
+    def _beginners(self, first: Sequence[Candidate]) -> list[Candidate]:
+        """A population of `first` and random candidates; the same one twice only where there are too few."""
+        population, rng = self.how.population, random.Random(f"{self.how.seed} first")
+        drawn = [*first, *(self._drawn(rng) for _ in range(population * ATTEMPTS))]
+        unlike = list({one.digest: one for one in drawn}.values())[:population]
+        return unlike + drawn[-1:] * (population - len(unlike))
+
+    def _drawn(self, rng: random.Random) -> Candidate:
+        drawn = self.sub.sample(rng)
+        return self.ranking.candidate(shape_of(drawn), self.sub.space, rng, self.how.noise) if self.ranking else drawn
+
+    def _child(self, parents: Sequence[Candidate], pick: Picker) -> Candidate:
+        leading, rng = self._leading(parents), pick.rng
         if len(leading) > 1 and rng.random() < self.how.crossover:
             first, second = rng.sample(leading, 2)
-            return self.sub.crossover(first, second, rng)
-        return self.sub.mutate(rng.choice(leading), rng)
+            return self.sub.crossover(first, second, pick)
+        return self.sub.mutate(self._better(rng.choices(leading, k=2)), pick)
+
+    def _better(self, two: Sequence[Candidate]) -> Candidate:
+        """The one of the lower loss: a front has fast candidates too that nobody would take."""
+        return min(two, key=lambda one: self.tried[one.digest].loss[RANKED])
 
     def _leading(self, parents: Sequence[Candidate]) -> list[Candidate]:
         """The parents that no other one beats; where none keeps the budgets, the half that misses them least."""
@@ -100,10 +126,15 @@ class _Children:
 
 
 def evolve(
-    sub: SubSpace, first: Sequence[Candidate], score: Score, how: Evolution, report: Report = lambda *_: None
+    sub: SubSpace,
+    first: Sequence[Candidate],
+    score: Score,
+    how: Evolution,
+    report: Report = lambda *_: None,
+    ranking: Ranking | None = None,
 ) -> list[list[Scored]]:
     """All candidates tried, generation by generation; `first` begin, and random ones fill up the first generation."""
-    children, space = _Children(sub, first, how), _distributions(sub)
+    children, space = _Children(sub, first, how, ranking), _distributions(sub)
     study = _study(children, space, how)
     generations: list[list[Scored]] = []
     for number in range(how.population * how.generations):
@@ -116,14 +147,6 @@ def evolve(
         generations[-1].append(scored)
         report(number + 1, how.population * how.generations, scored)
     return generations
-
-
-def _beginners(sub: SubSpace, first: Sequence[Candidate], how: Evolution) -> list[Candidate]:
-    """A population of `first` and random candidates; the same one twice only where there are too few."""
-    rng = random.Random(f"{how.seed} first")
-    drawn = [*first, *(sub.sample(rng) for _ in range(how.population * ATTEMPTS))]
-    unlike = list({one.digest: one for one in drawn}.values())[: how.population]
-    return unlike + drawn[-1:] * (how.population - len(unlike))
 
 
 def _distributions(sub: SubSpace) -> dict[str, Any]:

@@ -107,15 +107,14 @@ def supernet(ground: Ground) -> Found:
         shared.relations,
     )
     scores = ground.scores("scores.jsonl")
-    how = Evolution(keys.population, keys.generations, keys.crossover, config.objectives, config.seed)
+    noise = shared.placement_noise
+    how = Evolution(keys.population, keys.generations, keys.crossover, config.objectives, config.seed, noise)
 
     def report(done: int, total: int, scored: Scored) -> None:
         ground.progress.update(done, total, "candidates", kd=round(scored.loss["kd"], 4))
 
-    first = [
-        ground.ranking.candidate(shape, ground.sub.space) for shape in one_shot_shapes(ground, keys.population // 2)
-    ]
-    return Found(evolve(ground.sub, first, scores.of, how, report), curve, work / TRAINED)
+    first = [ground.ranking.candidate(shape, ground.sub.space) for shape in beginning(ground, keys.population)]
+    return Found(evolve(ground.sub, first, scores.of, how, report, ground.ranking), curve, work / TRAINED)
 
 
 @method("prune")
@@ -130,18 +129,39 @@ def prune(ground: Ground) -> Found:
     return Found([found], [], None)
 
 
+def beginning(ground: Ground, count: int) -> list[Shape]:
+    """At most `count` shapes to begin with: half of them one-shot ones, half those nearest to the budgets.
+
+    Of each depth and widths the nearest one is that with most attention, which is inherited as it is.
+    """
+    spread = one_shot_shapes(ground, -(-count // 2))
+    nearest: dict[Shape, tuple[int, float]] = {}
+    for shape, (excess, _) in _allowed(ground).items():
+        nearest[replace(shape, attention=0)] = max(
+            nearest.get(replace(shape, attention=0), (0, 0.0)), (shape.attention, excess)
+        )
+    tight = sorted(nearest, key=lambda shape: (-nearest[shape][1], shape))
+    found = [*spread, *(replace(shape, attention=nearest[shape][0]) for shape in tight)]
+    return list(dict.fromkeys(found))[:count]
+
+
 def one_shot_shapes(ground: Ground, count: int) -> list[Shape]:
     """At most `count` shapes that keep the budgets, evenly from the slowest to the fastest; of all where none does.
 
     The slowest that is allowed is the best guess: it has most of the teacher left.
     """
+    costs = _allowed(ground)
+    allowed = sorted(costs, key=lambda shape: (-costs[shape][1], shape))
+    count = min(count, len(allowed))
+    return [allowed[place * (len(allowed) - 1) // max(1, count - 1)] for place in range(count)]
+
+
+def _allowed(ground: Ground) -> dict[Shape, tuple[float, float]]:
+    """The shapes that keep the budgets, or all where none does: the worst excess, milliseconds of a token."""
     costs = {}
     for shape in ground.sub.shapes:
         candidate = ground.ranking.candidate(shape, ground.sub.space)
         assert shape_of(candidate) == shape
-        feasible = all(excess <= 0 for excess in ground.device.excess(candidate).values())
-        costs[shape] = (feasible, ground.device.figures(candidate)["decode_ms"])
-    allowed = [shape for shape, (feasible, _) in costs.items() if feasible] or list(costs)
-    allowed.sort(key=lambda shape: (-costs[shape][1], shape))
-    count = min(count, len(allowed))
-    return [allowed[place * (len(allowed) - 1) // max(1, count - 1)] for place in range(count)]
+        excess = max(ground.device.excess(candidate).values(), default=0.0)
+        costs[shape] = (excess, ground.device.figures(candidate)["decode_ms"])
+    return {shape: each for shape, each in costs.items() if each[0] <= 0} or costs

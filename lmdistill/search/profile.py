@@ -131,8 +131,11 @@ class Profile:
     def seconds(self, measured: Measured, task: str, beside: Measured | None = None) -> float:
         """A candidate's time for a task, as it would be at the reference's median speed over the whole profile.
 
-        Where `measured` was timed beside another of the profile's shapes, at the speed that this one has in it.
+        Where `measured` was timed beside another of the profile's shapes, at the speed that this one has in it. The
+        reference's own is that median: what it measures beside itself is noise.
         """
+        if measured.candidate.shape_digest == self.reference.shape_digest and beside is None:
+            return self._reference_seconds[task]
         return measured.ratio(task) * (self._reference_seconds[task] if beside is None else self.seconds(beside, task))
 
     def figures(self, measured: Measured, beside: Measured | None = None) -> dict[str, float]:

@@ -21,7 +21,7 @@ import torch
 from lmdistill.pipeline.files import write_json
 from lmdistill.pipeline.stage import Progress
 from lmdistill.search.candidate import Candidate
-from lmdistill.search.placement import Placement
+from lmdistill.search.placement import Placement, RankedPicker
 from lmdistill.search.space import Shape, Space
 from lmdistill.students.selection import Fate, PlanScorer, greedy_order
 
@@ -52,6 +52,10 @@ class Ranking:
     def candidate(self, shape: Shape, space: Space, rng: random.Random | None = None, noise: float = 0.0) -> Candidate:
         """The candidate of a shape with that placement."""
         return space.build(shape, self.placement(shape, space, rng, noise))
+
+    def picker(self, rng: random.Random, noise: float) -> RankedPicker:
+        """What random changes take, under noise on the ranks."""
+        return RankedPicker(self.gone, self.local, rng, noise)
 
 
 def _scores(order: Sequence[int], rng: random.Random | None, noise: float) -> dict[int, float]:

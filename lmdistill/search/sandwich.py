@@ -28,6 +28,9 @@ from lmdistill.training.run import Place, argument_keys, bind
 from lmdistill.training.trainer import DistillationTrainer
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from lmdistill.search.config import RelationKeys
     from lmdistill.training.phases import Phases
 
@@ -142,19 +145,31 @@ def _curve(trainer: Any) -> list[dict[str, float]]:
     ]
 
 
+def rows_from_the_end(reader: TrainingRows, wanted: int, seed: int) -> NDArray[np.int64]:
+    """Row numbers `[N]`: a distillation from this cache with this seed sees the first of them last.
+
+    Shared weights learn their rows by heart; what the winner is distilled on first shall be new to it.
+    """
+    from lmdistill.training.data import row_order
+
+    whole, epochs = reader.rows + reader.held_out, -(-wanted // reader.rows)
+    order_N = row_order(whole, epochs * whole, seed).reshape(epochs, whole)[:, ::-1].ravel()
+    return order_N[order_N < reader.rows][:wanted]
+
+
 def _trainer(
     net: SuperNet, choose: Chooser, reader: TrainingRows, config: DistillConfig, place: Place, progress: Progress
 ) -> SandwichTrainer:
     from transformers import TrainingArguments, set_seed
 
     from lmdistill.training.batches import batches_of
-    from lmdistill.training.data import SignalsCollator, row_order
+    from lmdistill.training.data import SignalsCollator
     from lmdistill.training.phases import Phases
     from lmdistill.training.trainer import CheckpointSeal, ProgressReport
 
     set_seed(config.seed)
     batches = batches_of(
-        reader, config, place.ranks, lambda steps: row_order(reader.rows, steps * config.batch_rows, config.seed)
+        reader, config, place.ranks, lambda steps: rows_from_the_end(reader, steps * config.batch_rows, config.seed)
     )
     keys = argument_keys(config, place, batches.steps, batches.micro, batches.accumulated)
     return SandwichTrainer(

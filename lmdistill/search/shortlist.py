@@ -1,7 +1,8 @@
-"""The finalists: candidates of the lowest losses that keep the budgets as timed on the device, not only as foretold.
+"""The finalists: candidates of the lowest losses that keep the budgets once they are timed, not only as foretold.
 
 The latency model is wrong by some percent, and evolution goes to where it is wrong in a candidate's favour. So shapes
-that may win are timed beside the teacher before any of them is trained; those that miss a budget are set aside.
+that may win are timed beside the teacher before any of them is trained; those that miss a budget are set aside. A few
+rounds of timing are wrong by some percent too: what is judged is the mean of both.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ class Shortlist:
 
     best: list[Scored]
     timed: dict[str, Figures] = field(default_factory=dict)  # by shapes' digests; empty for a device that is not here
-    excess: dict[str, dict[str, float]] = field(default_factory=dict)  # of each budget, by the same
+    excess: dict[str, dict[str, float]] = field(default_factory=dict)  # of each budget as judged, by the same
 
     def missed(self, candidate: Candidate) -> float:
-        """By what share the worst budget is missed as timed; not above zero where all are kept, or nothing is known."""
+        """By what share the worst budget is missed; not above zero where all are kept, or nothing is timed."""
         return max(self.excess.get(candidate.shape_digest, {}).values(), default=0.0)
 
     def of(self, candidate: Candidate) -> Figures | None:
@@ -56,7 +57,8 @@ def shortlist(
         asked = [one.candidate for one in found.best if one.candidate.shape_digest not in found.timed]
         if asked:
             found.timed |= costs.timed(asked, work)
-            found.excess = {shape: costs.excess_of(figures) for shape, figures in found.timed.items()}
+            known = [one for one in asked if one.shape_digest in found.timed]
+            found.excess |= {one.shape_digest: costs.judged(one, found.timed[one.shape_digest]) for one in known}
         slow = [one for one in found.best if found.missed(one.candidate) > 0]
         if not slow:
             break
@@ -66,7 +68,7 @@ def shortlist(
     kept = [one for one in found.best if found.missed(one.candidate) <= 0]
     if not kept and found.timed:
         kept = _nearest(everyone, found)[:count]
-        note(f"no shape of {len(found.timed)} keeps the budgets as timed; the nearest: {_said(kept[0], found)}")
+        note(f"no shape of {len(found.timed)} keeps the budgets once timed; the nearest: {_said(kept[0], found)}")
     found.best = kept
     return found
 
@@ -86,5 +88,5 @@ def _said(one: Scored, found: Shortlist) -> str:
     candidate = one.candidate
     return (
         f"{candidate.depth} layers, {candidate.intermediate_size} inside the MLP miss `{budget}` by "
-        f"{excess[budget]:.1%} as timed; foretold, they keep it"
+        f"{excess[budget]:.1%}, timed and foretold together"
     )

@@ -15,7 +15,7 @@ from operator import itemgetter
 
 from lmdistill.errors import LmdistillError
 from lmdistill.search.candidate import Candidate, Problem
-from lmdistill.search.placement import Fitter, draw
+from lmdistill.search.placement import Fitter, Picker, draw
 from lmdistill.search.space import GENES, Cost, Shape, Space, shape_of
 
 WHOLE = "all"  # the name of the one sub-space where none is asked for
@@ -78,47 +78,48 @@ class SubSpace:
         space = self.space
         return space.build(shape, draw(shape.depth, shape.attention, space.blocks, space.attention_at, rng))
 
-    def mutate(self, candidate: Candidate, rng: random.Random) -> Candidate:
+    def mutate(self, candidate: Candidate, pick: Picker) -> Candidate:
         """One random change: another value of a gene, another source of a layer, or attention moved elsewhere."""
         moves = [self._other_source, self._moved_attention, self._other_shape, self._other_shape]
-        rng.shuffle(moves)
-        return next((changed for move in moves if (changed := move(candidate, rng)) != candidate), candidate)
+        pick.rng.shuffle(moves)
+        return next((changed for move in moves if (changed := move(candidate, pick)) != candidate), candidate)
 
-    def _fitter(self, rng: random.Random) -> Fitter:
-        return Fitter(self.space.blocks, self.space.attention_at, rng)
+    def _fitter(self, pick: Picker) -> Fitter:
+        return Fitter(self.space.blocks, self.space.attention_at, pick)
 
-    def _other_shape(self, candidate: Candidate, rng: random.Random) -> Candidate:
-        now = shape_of(candidate)
+    def _other_shape(self, candidate: Candidate, pick: Picker) -> Candidate:
+        now, rng = shape_of(candidate), pick.rng
         for gene in rng.sample(GENES, len(GENES)):
             alike = (shape for shape in self.shapes if replace(shape, **{gene: 0}) == replace(now, **{gene: 0}))
             if values := sorted({getattr(shape, gene) for shape in alike} - {getattr(now, gene)}):
                 shape = replace(now, **{gene: rng.choice(values)})
                 placement = {layer.source: layer.operator for layer in candidate.layers}
-                return self.space.build(shape, self._fitter(rng).fit(placement, shape.depth, shape.attention))
+                return self.space.build(shape, self._fitter(pick).fit(placement, shape.depth, shape.attention))
         return candidate
 
-    def _other_source(self, candidate: Candidate, rng: random.Random) -> Candidate:
+    def _other_source(self, candidate: Candidate, pick: Picker) -> Candidate:
         placement = {layer.source: layer.operator for layer in candidate.layers}
-        block = rng.choice(sorted(placement))
+        block = pick.leave(sorted(placement))
         operator = placement[block]
         allowed = self.space.attention_at if operator == "attention" else range(self.space.blocks)
         if unused := sorted(set(allowed) - set(placement)):
             del placement[block]
-            placement[rng.choice(unused)] = operator
+            placement[pick.take(unused)] = operator
         return self.space.build(shape_of(candidate), placement)
 
-    def _moved_attention(self, candidate: Candidate, rng: random.Random) -> Candidate:
+    def _moved_attention(self, candidate: Candidate, pick: Picker) -> Candidate:
         placement = {layer.source: layer.operator for layer in candidate.layers}
         giving = sorted(block for block, operator in placement.items() if operator == "attention")
         taking = sorted(b for b, operator in placement.items() if operator == "conv" and b in self.space.attention_at)
         if giving and taking:
-            placement[rng.choice(giving)], placement[rng.choice(taking)] = "conv", "attention"
+            placement[pick.convolve(giving)], placement[pick.attend(taking)] = "conv", "attention"
         return self.space.build(shape_of(candidate), placement)
 
-    def crossover(self, first: Candidate, second: Candidate, rng: random.Random) -> Candidate:
+    def crossover(self, first: Candidate, second: Candidate, pick: Picker) -> Candidate:
         """A child whose every gene is one of its parents', whose blocks are theirs as far as its depth allows."""
         pairs = [(getattr(shape_of(first), gene), getattr(shape_of(second), gene)) for gene in GENES]
         shapes = sorted({Shape(*genes) for genes in product(*pairs)} & self._known)
+        rng = pick.rng
         shape = rng.choice(shapes)
         mine, theirs = ({layer.source: layer.operator for layer in parent.layers} for parent in (first, second))
         placement = {}
@@ -126,7 +127,7 @@ class SubSpace:
             having = [parent[block] for parent in (mine, theirs) if block in parent]
             if len(having) == 2 or rng.random() < 0.5:
                 placement[block] = rng.choice(having)
-        return self.space.build(shape, self._fitter(rng).fit(placement, shape.depth, shape.attention))
+        return self.space.build(shape, self._fitter(pick).fit(placement, shape.depth, shape.attention))
 
 
 def whole(space: Space) -> SubSpace:

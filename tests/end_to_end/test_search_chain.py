@@ -1,4 +1,4 @@
-"""A search in the chain, run as users run it: shapes timed here, a student chosen, its front on the page."""
+"""A search in the chain, run as users run it: timed here, a student chosen, its front on the page; and killed."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ SEARCH = """\
 """
 
 
+# What shows that a search has something to lose in its longest parts: shared training, finalists' rounds.
+# (Timing that is broken off is tests/search/test_device.py's, a line of scores tests/search/test_scores.py's.)
+EVIDENCE = ("work/sub-all/training/checkpoint-*/complete", "work/finalists/*/after-1.json")
+SEARCHED = ("--until", "search")
+
+
 @pytest.fixture
 def searching(upto: Callable[..., Chain]) -> Chain:
     """The chain's corpus and cache, then a search and the report."""
@@ -42,8 +48,25 @@ def searching(upto: Callable[..., Chain]) -> Chain:
     return chain
 
 
-def test_a_search_makes_a_student_from_timings_of_this_machine_and_shows_its_front(searching: Chain) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells children of a death on Linux only")
+def test_a_search_chooses_by_timings_of_this_machine_and_killed_with_them_it_ends_the_same(searching: Chain) -> None:
+    """One search timed here, and one that takes its timings and is killed twice: the timing is done once."""
     searching.succeed()
+    _shows_its_front(searching)
+    assert "cached" in searching.succeed()
+    whole = shutil.move(searching.artefact("search"), searching.folder / "whole")
+    shutil.copyfile(whole / "out" / "profile.json", searching.folder / "here.json")
+    searching.change("  - stage: search\n", "  - stage: search\n    device: here.json\n")
+    for pattern in EVIDENCE:
+        running = Running(searching, SEARCHED)
+        running.wait_for("search", pattern)
+        running.kill_all()
+        assert len(list(searching.run_dir.glob(".partial-search-*"))) == 1, "the kill came when the stage had ended"
+    assert "search: resumed" in searching.succeed(*SEARCHED)
+    assert found_in(searching.artefact("search")) == found_in(whole)
+
+
+def _shows_its_front(searching: Chain) -> None:
     out = searching.artefact("search") / "out"
     found = json.loads((out / "search.json").read_text())
     profile = json.loads((out / "profile.json").read_text())
@@ -56,28 +79,6 @@ def test_a_search_makes_a_student_from_timings_of_this_machine_and_shows_its_fro
     assert report["search"]["tried"] == len({one["digest"] for one in found["candidates"]})
     page = (searching.run_dir / "report.html").read_text()
     assert 'id="front"' in page and ">chosen</text>" in page and "decode &gt;= 0.2x teacher" in page
-    assert "cached" in searching.succeed()
-
-
-# What shows that a search has something to lose in its longest parts: shared training, finalists' rounds.
-# (Timing that is broken off is tests/search/test_device.py's, a line of scores tests/search/test_scores.py's.)
-EVIDENCE = ("work/sub-all/training/checkpoint-*/complete", "work/finalists/*/after-1.json")
-SEARCHED = ("--until", "search")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells children of a death on Linux only")
-def test_a_search_killed_twice_ends_as_one_with_its_profile_that_never_was(searching: Chain) -> None:
-    for pattern in EVIDENCE:
-        running = Running(searching, SEARCHED)
-        running.wait_for("search", pattern)
-        running.kill_all()
-        assert len(list(searching.run_dir.glob(".partial-search-*"))) == 1, "the kill came when the stage had ended"
-    assert "search: resumed" in searching.succeed(*SEARCHED)
-    killed = shutil.move(searching.artefact("search"), searching.folder / "killed")
-    shutil.copyfile(killed / "out" / "profile.json", searching.folder / "here.json")
-    searching.change("  - stage: search\n", "  - stage: search\n    device: here.json\n")
-    searching.succeed(*SEARCHED)
-    assert found_in(searching.artefact("search")) == found_in(killed)
 
 
 def found_in(artefact: Path) -> dict[str, Any]:

@@ -23,9 +23,10 @@ from lmdistill.search import run
 from lmdistill.search.candidate import Candidate
 from lmdistill.search.heldout import TrainingRows
 from lmdistill.search.ranking import Ranking
-from lmdistill.search.sandwich import TRAINED, Sandwich, train_supernet
+from lmdistill.search.sandwich import TRAINED, Sandwich, rows_from_the_end, train_supernet
 from lmdistill.search.space import shape_of
 from lmdistill.search.sub_space import SubSpace
+from lmdistill.training.data import row_order
 from lmdistill.training.ranks import Ranks
 from lmdistill.training.run import Place
 
@@ -47,6 +48,19 @@ def test_a_step_has_the_largest_the_smallest_and_random_ones_by_seed_and_number(
         assert all(sub.problems(each) == [] for each in found)
     assert one.candidates(0)[:2] == one.candidates(1)[:2] and one.candidates(0)[2:] != one.candidates(1)[2:]
     assert one.candidates(0)[2:] != other.candidates(0)[2:]
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_its_rows_are_those_that_a_distillation_of_the_same_seed_sees_last(world: run.World, seed: int) -> None:
+    reader = world.reader
+    whole = reader.rows + reader.held_out
+    distilled = row_order(whole, whole, seed).tolist()
+    found = rows_from_the_end(reader, 2 * reader.rows, seed).tolist()
+    first, again = found[: reader.rows], found[reader.rows :]
+    assert sorted(first) == sorted(again) == list(range(reader.rows)) and first != again
+    for wanted in range(1, reader.rows):
+        assert found[:wanted] == rows_from_the_end(reader, wanted, seed).tolist()
+        assert not set(found[:wanted]) & set(distilled[: reader.rows - wanted])
 
 
 def _one_step(

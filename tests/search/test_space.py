@@ -20,6 +20,7 @@ from lmdistill.search.ahead import largest
 from lmdistill.search.candidate import Candidate, Layer
 from lmdistill.search.config import SearchConfig
 from lmdistill.search.keys import DeviceSearchConfig
+from lmdistill.search.placement import Picker, RankedPicker
 from lmdistill.search.space import Space, SpaceConfig
 from lmdistill.search.space_problems import open_space, problems
 from lmdistill.search.sub_space import SubSpace, sub_spaces
@@ -58,15 +59,23 @@ def space_of(keys: dict[str, Any], format_name: str = "q4_0") -> Space:
 ALL = [sub for keys in SPACES for sub in sub_spaces(space_of(keys))]
 
 
-@given(st.sampled_from(ALL), st.integers(0, 2**32))
-@settings(deadline=None, max_examples=60)
-def test_whatever_is_sampled_mutated_or_crossed_can_ship_and_stays_in_its_sub_space(sub: SubSpace, seed: int) -> None:
+def picker(seed: int, ranked: bool) -> Picker:
     rng = random.Random(seed)
-    first, second = sub.sample(rng), sub.sample(rng)
-    child = sub.crossover(first, second, rng)
+    order = rng.sample(range(SMOLLM2["num_hidden_layers"]), SMOLLM2["num_hidden_layers"])
+    return RankedPicker(order, order[::-1], rng, 3.0) if ranked else Picker(rng)
+
+
+@given(st.sampled_from(ALL), st.integers(0, 2**32), st.booleans())
+@settings(deadline=None, max_examples=100)
+def test_whatever_is_sampled_mutated_or_crossed_can_ship_and_stays_in_its_sub_space(
+    sub: SubSpace, seed: int, ranked: bool
+) -> None:
+    pick = picker(seed, ranked)
+    first, second = sub.sample(pick.rng), sub.sample(pick.rng)
+    child = sub.crossover(first, second, pick)
     mutants = [first]
     for _ in range(5):
-        mutants.append(sub.mutate(mutants[-1], rng))
+        mutants.append(sub.mutate(mutants[-1], pick))
     for candidate in (first, second, child, *mutants):
         assert sub.problems(candidate) == []
         assert Candidate.from_json(json.loads(json.dumps(candidate.to_json()))) == candidate
@@ -74,29 +83,29 @@ def test_whatever_is_sampled_mutated_or_crossed_can_ship_and_stays_in_its_sub_sp
         assert getattr(child, gene) in (getattr(first, gene), getattr(second, gene))
 
 
-@given(st.sampled_from(ALL), st.integers(0, 2**32))
-@settings(deadline=None, max_examples=30)
-def test_a_mutation_changes_something(sub: SubSpace, seed: int) -> None:
-    rng = random.Random(seed)
-    candidate = sub.sample(rng)
-    changed = sub.mutate(candidate, rng)
+@given(st.sampled_from(ALL), st.integers(0, 2**32), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_a_mutation_changes_something(sub: SubSpace, seed: int, ranked: bool) -> None:
+    pick = picker(seed, ranked)
+    candidate = sub.sample(pick.rng)
+    changed = sub.mutate(candidate, pick)
     assert changed != candidate or (sub.space.keys.hybrid is False and candidate.depth == sub.space.blocks)
 
 
 def test_the_same_seed_draws_the_same_candidates() -> None:
     def drawn() -> list[Candidate]:
-        rng, sub = random.Random(7), sub_spaces(space_of(KEYS))[0]
-        first, second = sub.sample(rng), sub.sample(rng)
-        return [first, second, sub.mutate(first, rng), sub.crossover(first, second, rng)]
+        pick, sub = picker(7, ranked=True), sub_spaces(space_of(KEYS))[0]
+        first, second = sub.sample(pick.rng), sub.sample(pick.rng)
+        return [first, second, sub.mutate(first, pick), sub.crossover(first, second, pick)]
 
     assert drawn() == drawn()
 
 
 def test_a_child_of_equal_parents_is_their_equal() -> None:
-    rng = random.Random(0)
+    pick = picker(0, ranked=True)
     for sub in ALL:
-        parent = sub.sample(rng)
-        assert sub.crossover(parent, parent, rng) == parent
+        parent = sub.sample(pick.rng)
+        assert sub.crossover(parent, parent, pick) == parent
 
 
 @pytest.mark.parametrize("keys", [KEYS, SPACES[1]])
