@@ -63,6 +63,9 @@ def _idle(ctx: PreflightContext[SearchConfig]) -> Iterator[LmdistillError]:
     if config.weights == "tuned" and config.finalists.count == 1:
         what = f"stage '{ctx.name}': `weights: tuned` takes those after a finalist's rounds, and a single one has none"
         yield PreflightError(what, fix="raise `finalists.count`, or drop `weights`")
+    if config.weights == "fitted" and not config.finalists.fit_steps:
+        what = f"stage '{ctx.name}': `weights: fitted` takes those of fitted blocks, and `finalists.fit_steps` is 0"
+        yield PreflightError(what, fix="raise `finalists.fit_steps`, or drop `weights`")
     if config.supernet.keep and config.method == "prune":
         what = (
             f"stage '{ctx.name}': `supernet.keep` keeps shared weights that were trained, `method: prune` trains none"

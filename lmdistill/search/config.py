@@ -138,9 +138,10 @@ class SearchConfig(DeviceSearchConfig):
     supernet: SupernetKeys = Field(default=SupernetKeys(), description="the shared weights")
     evolution: EvolutionKeys = Field(default=EvolutionKeys(), description="the search itself")
     finalists: FinalistKeys = Field(default=FinalistKeys(), description="who is trained before the choice")
-    weights: Literal["inherited", "tuned"] = Field(
+    weights: Literal["inherited", "fitted", "tuned"] = Field(
         default="inherited",
-        description="the student's: those of the super-network, fitted where that helped, or after its rounds",
+        description="the student's: those of the super-network, fitted where that helped; the teacher's, cut to the "
+        "winner's shape and fitted block by block; or those after its rounds",
     )
     precision: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of matrix products")
     seed: int = Field(default=0, description="of candidates, rows and steps")

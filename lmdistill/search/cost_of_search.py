@@ -63,7 +63,7 @@ def _of_teacher(config: SearchConfig, blocks: int, length: int) -> float:
     """Operations for each of the teacher's parameters: ranking its blocks, ranking their units, fitting."""
     keys = config.supernet
     ranked = 2 * blocks * (1 + config.selection_width / 2) * config.selection_rows * length
-    fits = keys.fit_steps + config.finalists.count * config.finalists.fit_steps
+    fits = keys.fit_steps + _fitted(config) * config.finalists.fit_steps
     return 2 * (SCORED_SHARE * ranked + keys.importance_rows * length) + 6 * fits * keys.fit_batch_rows * length
 
 
@@ -74,6 +74,11 @@ def _of_candidates(config: SearchConfig, length: int) -> float:
     trained = config.supernet.tokens * (2 + config.supernet.random_candidates) * subs if shared else 0
     trained += sum(left * tokens for left, tokens in _rounds(config))
     return 6 * trained + 2 * tried * config.heldout_rows * length
+
+
+def _fitted(config: SearchConfig) -> int:
+    """How many finalists have their blocks fitted."""
+    return 1 if config.weights == "fitted" else config.finalists.count
 
 
 def _rounds(config: SearchConfig) -> list[tuple[int, int]]:
@@ -101,6 +106,9 @@ def _disk(config: SearchConfig, weights: int, largest: int, length: int) -> int:
     subs, finalists = max(1, len(config.space.sub_spaces)), config.finalists
     each = _left(config, config.supernet.tokens, length) + WEIGHTS * config.supernet.keep
     shared = subs * each if config.method != "prune" else 0
-    begun = finalists.count * WEIGHTS * (3 if finalists.fit_steps else 1)  # inherited; its fitted blocks, and with them
+    fits = _fitted(config) if finalists.fit_steps else 0
+    begun = WEIGHTS * (
+        finalists.count + 2 * fits + (config.weights == "fitted")
+    )  # blocks, then a model with them
     trained = sum(left * _left(config, tokens, length) for left, tokens in _rounds(config))
     return weights * (2 * WEIGHTS + shared) + largest * (begun + trained + WEIGHTS)

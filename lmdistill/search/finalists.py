@@ -25,7 +25,7 @@ class Finalist:
     """A candidate in training."""
 
     scored: Scored
-    folder: Path  # its model: inherited/, fitted/ where that was tried, then after-N/ of round N
+    folder: Path  # its model: inherited/, cut/ from the teacher, fitted/ where that was tried, after-N/ of round N
     fitted: dict[str, float] | None = None  # kd and ce after its blocks were fitted to the teacher's
     rounds: list[dict[str, float]] = field(default_factory=list)  # tokens so far, kd, ce
 
@@ -42,6 +42,21 @@ class Finalist:
         return self.folder / "inherited"
 
     @property
+    def cut(self) -> Path:
+        """Its model as the teacher's weights make it, where that is asked for."""
+        return self.folder / "cut"
+
+    @property
+    def begun(self) -> Path:
+        """What its blocks are fitted from."""
+        return self.cut if self.cut.exists() else self.inherited
+
+    @property
+    def bridged(self) -> Path:
+        """Its model with fitted blocks."""
+        return self.folder / "fitted"
+
+    @property
     def newest(self) -> Path:
         """Its model as it is by now."""
         return self.folder / f"after-{len(self.rounds)}" if self.rounds else self.start
@@ -50,7 +65,7 @@ class Finalist:
     def start(self) -> Path:
         """Its model before any round: inherited, or fitted where that is the better one."""
         better = self.fitted is not None and self.fitted[RANKED] < self.scored.loss[RANKED]
-        return self.folder / "fitted" if better else self.inherited
+        return self.bridged if better else self.inherited
 
 
 def chosen(scored: Sequence[Scored], objectives: Sequence[str], count: int) -> list[Scored]:
@@ -106,12 +121,15 @@ def _round(finalist: Finalist, tokens: int, how: Halving) -> dict[str, float]:
 
 def prepare(scored: Sequence[Scored], work: Path, extract: Callable[[Scored], Any], tokenizer: Path) -> list[Finalist]:
     """Write the inherited model of each, once."""
+    found = [Finalist(one, work / one.candidate.digest[:16]) for one in scored]
+    for finalist in found:
+        written(finalist.inherited, lambda one=finalist: extract(one.scored), tokenizer)  # type: ignore[misc]
+    return found
+
+
+def written(folder: Path, extract: Callable[[], Any], tokenizer: Path) -> None:
+    """Write a model, once."""
     from lmdistill.checkpoints import save_model
 
-    found = []
-    for one in scored:
-        finalist = Finalist(one, work / one.candidate.digest[:16])
-        if not (finalist.inherited / "tokenizer.json").exists():  # copied last
-            save_model(extract(one).float().cpu(), finalist.inherited, tokenizer_from=tokenizer)
-        found.append(finalist)
-    return found
+    if not (folder / "tokenizer.json").exists():  # copied last
+        save_model(extract().float().cpu(), folder, tokenizer_from=tokenizer)

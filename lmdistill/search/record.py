@@ -75,7 +75,7 @@ def write(
     from lmdistill.checkpoints import copy_tokenizer
 
     winner, config = finalists[0], ctx.config
-    source = winner.newest if config.weights == "tuned" else winner.start
+    source = {"inherited": winner.start, "fitted": winner.bridged, "tuned": winner.newest}[config.weights]
     shutil.copytree(source, ctx.out / "model", dirs_exist_ok=True)
     copy_tokenizer(tokenizer, ctx.out / "model")
     if config.supernet.keep:

@@ -19,7 +19,7 @@ from lmdistill.pipeline.files import write_json
 from lmdistill.search import record
 from lmdistill.search.bridging import bridge
 from lmdistill.search.costs import PROFILE, ModelledDevice, open_device
-from lmdistill.search.finalists import Finalist, Halving, halve, prepare
+from lmdistill.search.finalists import Finalist, Halving, halve, prepare, written
 from lmdistill.search.heldout import HeldOutLoss, TrainingRows
 from lmdistill.search.methods import Found, Ground, find_method
 from lmdistill.search.ranking import Ranking, rank
@@ -165,13 +165,24 @@ def finals(ctx: Context, world: World, tried: Sequence[Tried], found: Shortlist)
         lambda scored: world.extract(scored, states[scored.candidate.digest]),
         world.tokenizer,
     )
-    if config.finalists.fit_steps:
-        world.net.load_state_dict(load_file(world.initial, device=world.net.device))
-        rows_RT = world.tokens_RT[: config.supernet.fit_rows]
-        how = record.fit_of(config, config.finalists.fit_steps)
-        bridge(finalists, world.net, rows_RT, how, world.heldout, world.tokenizer, ctx.progress)
+    if config.finalists.fit_steps and config.weights != "fitted":
+        _bridge(ctx, world, finalists)
     training = config.distilling(config.finalists.tokens)
-    return halve(finalists, Halving(world.reader, training, world.heldout, world.net.device, ctx.progress))
+    halved = halve(finalists, Halving(world.reader, training, world.heldout, world.net.device, ctx.progress))
+    if config.weights == "fitted":
+        winner = halved[0]
+        written(winner.cut, lambda: world.extract(winner.scored, world.initial), world.tokenizer)
+        _bridge(ctx, world, [winner])
+    return halved
+
+
+def _bridge(ctx: Context, world: World, finalists: Sequence[Finalist]) -> None:
+    """Fit the blocks of finalists to the teacher's."""
+    config = ctx.config
+    world.net.load_state_dict(load_file(world.initial, device=world.net.device))
+    rows_RT = world.tokens_RT[: config.supernet.fit_rows]
+    how = record.fit_of(config, config.finalists.fit_steps)
+    bridge(finalists, world.net, rows_RT, how, world.heldout, world.tokenizer, ctx.progress)
 
 
 def _nothing_feasible(everyone: Sequence[Scored]) -> StageError:

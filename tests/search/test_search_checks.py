@@ -56,6 +56,7 @@ def test_a_search_that_can_work_has_no_problem(teacher: ModelRef, profile: Path)
         ({"space": {"depth": [2, 9]}}, "more than the teacher's 4"),
         ({"budgets": ["decode >= 900x teacher"]}, "the nearest point is decode_tps"),
         ({"weights": "tuned", "finalists": {"count": 1}}, "a single one has none"),
+        ({"weights": "fitted", "finalists": {"fit_steps": 0}}, "`finalists.fit_steps` is 0"),
         ({"supernet": {"keep": True}, "method": "prune"}, "`method: prune` trains none"),
         (
             {"device": "local", "space": {"sub_spaces": {"giant": {"parameters": [900, 901]}}}},

@@ -126,6 +126,24 @@ def test_without_convolutions_the_student_is_a_llama_that_attends_throughout(con
     assert (ctx.out / "model" / "model.safetensors").read_bytes() == (tuned / "model.safetensors").read_bytes()
 
 
+def test_fitted_weights_are_the_teachers_and_not_those_that_were_shared(context: Make, tmp_path: Path) -> None:
+    """The shared weights have ranked the winner; its embeddings, which no fit touches, are as the teacher has them."""
+    ctx = context(tmp_path, weights="fitted")
+    run(ctx)
+    found = json.loads((ctx.out / "search.json").read_text())
+    first, *others = found["finalists"]
+    assert first["digest"] == found["winner"] and first["fitted"] and first["rounds"]
+    assert others and not any(one["fitted"] for one in others)
+    fitted = ctx.work / "finalists" / found["winner"][:16] / "fitted" / "model.safetensors"
+    assert (ctx.out / "model" / "model.safetensors").read_bytes() == fitted.read_bytes()
+    embedded = load_file(fitted)["model.embed_tokens.weight"]
+    made, shared = (
+        load_file(ctx.work / name)["body.embed_tokens.weight"][:, : embedded.shape[1]]
+        for name in ("initial.safetensors", "sub-all/training/trained.safetensors")
+    )
+    assert torch.equal(embedded, made) and not torch.equal(embedded, shared)
+
+
 def test_sub_spaces_are_searched_each_with_weights_of_its_own(context: Make, tmp_path: Path) -> None:
     """Two bands, that meet nowhere, in one search: candidates stay in theirs, and finalists take its weights."""
     bands = {"small": {"parameters": [0, 0.06]}, "base": {"parameters": [0.06, 1]}}
