@@ -107,8 +107,6 @@ def _disk(config: SearchConfig, weights: int, largest: int, length: int) -> int:
     each = _left(config, config.supernet.tokens, length) + WEIGHTS * config.supernet.keep
     shared = subs * each if config.method != "prune" else 0
     fits = _fitted(config) if finalists.fit_steps else 0
-    begun = WEIGHTS * (
-        finalists.count + 2 * fits + (config.weights == "fitted")
-    )  # blocks, then a model with them
+    begun = WEIGHTS * (finalists.count + 2 * fits + (config.weights == "fitted"))  # blocks, then a model with them
     trained = sum(left * _left(config, tokens, length) for left, tokens in _rounds(config))
     return weights * (2 * WEIGHTS + shared) + largest * (begun + trained + WEIGHTS)
