@@ -51,8 +51,8 @@ def teacher_candidate(teacher: Mapping[str, Any]) -> Candidate:
 def request(sub: SubSpace, teacher: Mapping[str, Any], plan: TimingPlan, count: int, seed: int = 0) -> Request:
     """What a device shall time for a space: `count` shapes, with the teacher beside each group of them as reference.
 
-    So a budget relative to the teacher is a ratio of times from the same rounds, and its own noise is in none of them.
-    Where the teacher cannot be timed, the median shape is the reference.
+    So a budget relative to the teacher is a ratio of times from the same rounds, and no single timing of the teacher's
+    is in all of them. Where the teacher cannot be timed, the median shape is the reference.
     """
     chosen = spread_out(sub, count, seed)
     own = teacher_candidate(teacher)
