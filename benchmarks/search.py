@@ -12,10 +12,11 @@ chose for this teacher and machine. The pieces, in order:
   inherited weights with that after it;
 - equal: the searched student as the run distilled it, the hand-made one distilled by the same keys on the same rows,
   and both scored on text that neither search nor training saw;
+- starts: the searched shape once more, from the super-network's weights instead of those that the run began it with;
 - device: both shapes timed in turns as Q4_0 files.
 What is done is kept below --store. Stopped, or after --minutes, the same command goes on; figures of all that is there
-are written to benchmarks/results/search.json (null where a piece is missing). It took 47 minutes on two cores beside
-other work.
+are written to benchmarks/results/search.json (null where a piece is missing). About forty minutes on two quiet cores
+with the growth of the hand-made student.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from searching.bench import bind
 
 RESULTS = Path(__file__).parent / "results"
 RESULT, LATENCY = RESULTS / "search.json", RESULTS / "search_latency.json"
-PIECES = ("search", "random", "short", "equal", "device")
+PIECES = ("search", "random", "short", "equal", "starts", "device")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmdistill import assets
+from lmdistill.checkpoints import save_model
 from lmdistill.pipeline.files import write_json
 from lmdistill.pipeline.stage import Artefact, ModelRef, Runtime, SilentProgress, StageContext
 from lmdistill.recipe import load_recipe
@@ -19,6 +20,8 @@ from lmdistill.search.candidate import Candidate, Layer
 from lmdistill.search.config import SearchConfig
 from lmdistill.search.costs import PROFILE
 from lmdistill.search.heldout import HeldOutLoss, TrainingRows
+from lmdistill.search.run import World
+from lmdistill.search.scored import Scored
 from lmdistill.training.config import DistillConfig
 
 FATES = {"full": "attention", "local": "conv"}
@@ -155,3 +158,15 @@ class Bench:
         loss = heldout.of_folder(place.output)
         shutil.rmtree(folder)
         return loss
+
+    def searched_shape(self) -> Candidate:
+        """The winner as a candidate."""
+        return Candidate.from_json(json.loads((self.searched.out / "student.json").read_text())["candidate"])
+
+
+def extracted(bench: Bench, world: World, candidate: Candidate, state: Path, name: str) -> Path:
+    """A model folder of a candidate with its share of a super-network's weights."""
+    folder = Path(bench.args.store) / "scratch" / f"{name}-start"
+    model = world.extract(Scored(candidate, {}, {}, {}), state)
+    save_model(model.float().cpu(), folder, tokenizer_from=world.tokenizer)
+    return folder

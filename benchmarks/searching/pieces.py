@@ -11,16 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from lmdistill.checkpoints import save_model
-from lmdistill.pipeline.stage import Runtime
 from lmdistill.search import run
 from lmdistill.search.candidate import Candidate
 from lmdistill.search.costs import open_device
 from lmdistill.search.front import hypervolume
 from lmdistill.search.record import supernet_file
-from lmdistill.search.scored import RANKED, Scored
+from lmdistill.search.scored import RANKED
 from lmdistill.search.space import Space
-from searching.bench import Bench
+from searching.bench import Bench, extracted
+from searching.students import equal, starts
 
 ENDS = 2  # the largest and the smallest candidate of a sandwich step
 MARGIN = 0.1  # by which a hypervolume's reference lies beyond the points: those on its edge count nothing
@@ -37,7 +36,7 @@ def search(bench: Bench) -> dict[str, Any]:
         "tried": len(found["candidates"]),
         **{name: found[name] for name in names},
         "front": len(found["front"]),
-        "candidate": json.loads((bench.searched.out / "student.json").read_text())["candidate"],
+        "candidate": bench.searched_shape().to_json(),
         "hand_made": {"candidate": hand.to_json(), "predicted": dict(costs.figures(hand))},
     }
 
@@ -56,7 +55,7 @@ def random_search(bench: Bench) -> dict[str, Any]:
         name = f"random-{place}"
 
         def make(candidate: Candidate = candidate, name: str = name) -> dict[str, Any]:
-            start = _extracted(bench, world, candidate, world.initial, name)
+            start = extracted(bench, world, candidate, world.initial, name)
             return bench.trained(name, start, config.distilling(each), world.reader, world.heldout)
 
         drawn.append([bench.kept(name, make)[RANKED], world.costs.figures(candidate)["decode_ms"]])
@@ -110,7 +109,7 @@ def short(bench: Bench) -> dict[str, Any]:
         name = f"short-{one['digest'][:16]}"
 
         def make(one: dict[str, Any] = one, name: str = name) -> dict[str, Any]:
-            start = _extracted(bench, world, Candidate.from_json(one["candidate"]), state, name)
+            start = extracted(bench, world, Candidate.from_json(one["candidate"]), state, name)
             return bench.trained(name, start, config.distilling(bench.args.short_tokens), world.reader, world.heldout)
 
         pairs.append([one["loss"][RANKED], bench.kept(name, make)[RANKED]])
@@ -122,60 +121,13 @@ def short(bench: Bench) -> dict[str, Any]:
     }
 
 
-def _extracted(bench: Bench, world: run.World, candidate: Candidate, state: Path, name: str) -> Path:
-    folder = Path(bench.args.store) / "scratch" / f"{name}-start"
-    model = world.extract(Scored(candidate, {}, {}, {}), state)
-    save_model(model.float().cpu(), folder, tokenizer_from=world.tokenizer)
-    return folder
-
-
-def equal(bench: Bench) -> dict[str, Any]:
-    """Both students after equal distillation, by the run's keys and on the same rows: held-out text."""
-    from lmdistill.evaluation.heldout import read_heldout
-    from lmdistill.evaluation.scorer import RowSums, paired_gap
-    from lmdistill.recommend.trial import score_model
-    from lmdistill.signals.reader import SignalsReader
-    from lmdistill.training.run import Place, train
-
-    args, device, progress = bench.args, Runtime().resolve_device(), bench.context().progress
-    heldout = read_heldout(bench.corpus.out, "test", args.heldout)
-    starts = {"searched": bench.searched.model().path, "hand_made": bench.hand.model().path}
-    found: dict[str, Any] = {}
-    for who, folder in starts.items():
-
-        def make(who: str = who, folder: Path = folder) -> dict[str, Any]:
-            model = bench.distilled.model().path
-            if who == "hand_made":
-                model = args.store / "hand-made-distilled"
-                work = args.store / "scratch" / who
-                train(
-                    SignalsReader(bench.signals.out),
-                    bench.distilling,
-                    Place(folder, model, work, device, who),
-                    progress,
-                )
-            rows, _ = score_model(model, heldout, device)
-            return {"tokens": bench.distilling.tokens, "rows": rows.to_json()}
-
-        def before(folder: Path = folder) -> dict[str, Any]:
-            rows, _ = score_model(folder, heldout, device)
-            return {"start_nll": round(sum(rows.sums["nll"]) / sum(rows.predictions), 5)}
-
-        found[who] = bench.kept(f"start-{who}", before) | bench.kept(f"equal-{who}", make)
-    sums = {who: RowSums(**found[who].pop("rows")) for who in starts}
-    for who, rows in sums.items():
-        found[who]["nll"] = round(sum(rows.sums["nll"]) / sum(rows.predictions), 5)
-    gap, error = paired_gap(sums["searched"], sums["hand_made"])
-    return {**found, "gap": {"nll": round(gap, 5), "nll_se": round(error, 5), "predictions": sum(rows.predictions)}}
-
-
 def timed(bench: Bench) -> dict[str, Any]:
     """Both shapes on this machine, in turns."""
     from lmdistill.search import device
     from lmdistill.search.profile import DECODE, Request, prefill_task
 
     hand = bench.hand_made()
-    searched = Candidate.from_json(json.loads((bench.searched.out / "student.json").read_text())["candidate"])
+    searched = bench.searched_shape()
     plan = replace(bench.config.timing.plan, rounds=4 * bench.config.timing.rounds)
     asked = Request(plan, hand, tuple({one.shape_digest: one for one in (searched, hand)}.values()))
     profile = device.run(asked, Path(bench.args.store) / "timed.json", bench.args.store / "work" / "timed")
@@ -195,5 +147,6 @@ MAKERS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "random": random_search,
     "short": short,
     "equal": equal,
+    "starts": starts,
     "device": timed,
 }
