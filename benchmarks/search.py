@@ -8,10 +8,12 @@ chose for this teacher and machine. The pieces, in order:
 - search: what was searched and found; the hand-made student by the latency model;
 - random: so many random candidates that keep the budgets as foretold, each trained from the teacher's weights, all
   together on as many tokens as the super-network's candidates were, for the hypervolume of either;
+- ranked: the same with random shapes on the blocks of the search's own ranking, which random search has to do without;
 - short: candidates from all over the search, each with a short distillation, for the rank correlation of the loss of
   inherited weights with that after it;
 - equal: the searched student as the run distilled it, the hand-made one distilled by the same keys on the same rows,
   and both scored on text that neither search nor training saw;
+- fresh: both again, on documents of the same kind that no run has been looked at on;
 - starts: the searched shape once more, from the super-network's weights instead of those that the run began it with;
 - device: both shapes timed in turns as Q4_0 files.
 What is done is kept below --store. Stopped, or after --minutes, the same command goes on; figures of all that is there
@@ -35,7 +37,7 @@ from searching.bench import bind
 
 RESULTS = Path(__file__).parent / "results"
 RESULT, LATENCY = RESULTS / "search.json", RESULTS / "search_latency.json"
-PIECES = ("search", "random", "short", "equal", "starts", "device")
+PIECES = ("search", "random", "ranked", "short", "equal", "fresh", "starts", "device")
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from lmdistill.search.costs import open_device
 from lmdistill.search.front import hypervolume
 from lmdistill.search.record import supernet_file
 from lmdistill.search.scored import RANKED
-from lmdistill.search.space import Space
+from lmdistill.search.space import Space, shape_of
 from searching.bench import Bench, extracted
-from searching.students import equal, starts
+from searching.students import equal, fresh, starts
 
 ENDS = 2  # the largest and the smallest candidate of a sandwich step
 MARGIN = 0.1  # by which a hypervolume's reference lies beyond the points: those on its edge count nothing
@@ -41,8 +41,26 @@ def search(bench: Bench) -> dict[str, Any]:
     }
 
 
+Draw = Callable[[run.World, random.Random], Candidate]
+
+
 def random_search(bench: Bench) -> dict[str, Any]:
-    """Random candidates trained on as many tokens as the super-network's, and the hypervolume of both.
+    """Candidates drawn from all of the space."""
+    return _against(bench, "random", lambda world, rng: world.subs[0].sample(rng))
+
+
+def ranked_search(bench: Bench) -> dict[str, Any]:
+    """Shapes drawn at random, each on the blocks that the search's ranking of the teacher gives it."""
+
+    def draw(world: run.World, rng: random.Random) -> Candidate:
+        sub = world.subs[0]
+        return world.ranking.candidate(shape_of(sub.sample(rng)), sub.space)
+
+    return _against(bench, "ranked", draw)
+
+
+def _against(bench: Bench, who: str, draw: Draw) -> dict[str, Any]:
+    """Drawn candidates trained on as many tokens as the super-network's, and the hypervolume of both.
 
     Both keep the budgets as foretold: random search asks the latency model too, and draws again.
     """
@@ -51,8 +69,8 @@ def random_search(bench: Bench) -> dict[str, Any]:
     budget = config.supernet.tokens * (ENDS + config.supernet.random_candidates)
     each = max(1, budget // bench.args.random)
     drawn = []
-    for place, candidate in enumerate(_drawn(world, config.seed, bench.args.random)):
-        name = f"random-{place}"
+    for place, candidate in enumerate(_drawn(world, config.seed, bench.args.random, draw)):
+        name = f"{who}-{place}"
 
         def make(candidate: Candidate = candidate, name: str = name) -> dict[str, Any]:
             start = extracted(bench, world, candidate, world.initial, name)
@@ -64,13 +82,14 @@ def random_search(bench: Bench) -> dict[str, Any]:
     return {**compared(ours, drawn), "tokens": {"all": budget, "each": each}, "random": drawn}
 
 
-def _drawn(world: run.World, seed: int, count: int) -> list[Candidate]:
-    rng, drawn = random.Random(seed), list[Candidate]()
-    while len(drawn) < count:
-        candidate = world.subs[0].sample(rng)
+def _drawn(world: run.World, seed: int, count: int, draw: Draw) -> list[Candidate]:
+    """So many unlike candidates that keep the budgets as foretold."""
+    rng, found = random.Random(seed), dict[str, Candidate]()
+    while len(found) < count:
+        candidate = draw(world, rng)
         if max(world.costs.excess(candidate).values(), default=0) <= 0:
-            drawn.append(candidate)
-    return drawn
+            found.setdefault(candidate.digest, candidate)
+    return list(found.values())
 
 
 def compared(ours: list[list[float]], drawn: list[list[float]]) -> dict[str, Any]:
@@ -145,8 +164,10 @@ def timed(bench: Bench) -> dict[str, Any]:
 MAKERS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "search": search,
     "random": random_search,
+    "ranked": ranked_search,
     "short": short,
     "equal": equal,
+    "fresh": fresh,
     "starts": starts,
     "device": timed,
 }

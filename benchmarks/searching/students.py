@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lmdistill.evaluation.heldout import read_heldout
+from grids.text import check_heldout, training_corpus
+
+from lmdistill.corpus.format import CorpusReader
+from lmdistill.evaluation.heldout import HeldOut, read_heldout
 from lmdistill.evaluation.scorer import RowSums, paired_gap
 from lmdistill.pipeline.stage import Runtime
 from lmdistill.recommend.trial import score_model
@@ -14,6 +19,8 @@ from lmdistill.search.record import supernet_file
 from lmdistill.signals.reader import SignalsReader
 from lmdistill.training.run import Place, train
 from searching.bench import Bench, extracted
+
+MORE = 4  # times the run's tokens: of its documents of `test`, three quarters are new
 
 
 def equal(bench: Bench) -> dict[str, Any]:
@@ -34,6 +41,37 @@ def starts(bench: Bench) -> dict[str, Any]:
     start = extracted(bench, world, shape, supernet_file(bench.searched.out, where), "shared")
     as_run = _student(bench, "searched", bench.searched.model().path, bench.distilled.model().path)
     return _compared({bench.config.weights: as_run, "shared": _student(bench, "shared", start)})
+
+
+def fresh(bench: Bench) -> dict[str, Any]:
+    """Both students of `equal` on documents of `test` that the run's own corpus had no room for.
+
+    Its recipe with more tokens holds the same documents first and others behind them: nobody chose anything on those.
+    """
+    own = CorpusReader(bench.corpus.out)
+    length, trained = own.meta.sequence_length, own.meta.splits["train"].tokens
+    corpus = training_corpus(bench.args.run, bench.args.store / "fresh-corpus", length, MORE * trained)
+    check_heldout(corpus, bench.corpus.out)
+    heldout = _behind(read_heldout(corpus, "test", sys.maxsize), len(own.split("test")), bench.args.heldout // length)
+    models = {"searched": bench.distilled.model().path, "hand_made": bench.args.store / "hand-made-distilled"}
+    if not models["hand_made"].exists():
+        raise SystemExit("the piece 'equal' comes first: it distils the hand-made student")
+    found = {}
+    for who, model in models.items():
+
+        def make(model: Path = model) -> dict[str, Any]:
+            rows, _ = score_model(model, heldout, Runtime().resolve_device())
+            return {"rows": rows.to_json()}
+
+        found[who] = bench.kept(f"fresh-{who}", make)
+    return _compared(found)
+
+
+def _behind(heldout: HeldOut, skip: int, rows: int) -> HeldOut:
+    """At most so many rows behind the first `skip` ones."""
+    rows = min(rows, heldout.rows - skip)
+    kept = [replace(one, row=one.row - skip) for one in heldout.sequences if skip <= one.row < skip + rows]
+    return replace(heldout, rows=rows, sequences=tuple(kept), bytes_R=heldout.bytes_R[skip : skip + rows])
 
 
 def _student(bench: Bench, who: str, start: Path, distilled: Path | None = None) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from lmdistill.asset_spec import AssetSpec, ModelSpec
 from lmdistill.errors import LmdistillError, PreflightError, nearest
+from lmdistill.pipeline import origins
 from lmdistill.pipeline.keys import SHORT, assets_in, fingerprint, stage_key, tool_versions
-from lmdistill.pipeline.stage import Planned, StageConfig
+from lmdistill.pipeline.stage import Artefact, Planned, StageConfig
 from lmdistill.pipeline.store import Store
 from lmdistill.recipe import Entry, Recipe
 from lmdistill.recipe.schema import TEACHER
@@ -171,7 +172,9 @@ def _step(
 ) -> Step:
     stage = entry.stage
     artefact = store.find(entry.name, stage.name, stage.output, key)
-    begun = store.partial(entry.name, key).exists() or store.folder(key) is not None  # the latter lacks files
+    begun = store.partial(entry.name, key).exists() or (artefact is None and store.folder(key) is not None)
+    if artefact and origins.others(artefact.path, origins.contents(_there(inputs))):
+        artefact = None
     state: State = "cached" if artefact else "resume" if begun else "run"
     if entry.name in selection.force:
         state = "run"
@@ -179,6 +182,10 @@ def _step(
         state = "left out"
     planned = Planned(entry.name, stage.name, stage.output, fingerprint(key), entry.config, inputs, artefact)
     return Step(number, entry, key, planned, state, python)
+
+
+def _there(inputs: dict[str, list[Planned]]) -> list[Artefact]:
+    return [one.artefact for many in inputs.values() for one in many if one.artefact]
 
 
 def _missing_inputs(steps: Sequence[Step]) -> list[LmdistillError]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmdistill.asset_spec import AssetSpec
+from lmdistill.pipeline import origins
 from lmdistill.pipeline.environment import write_environment, write_lock
 from lmdistill.pipeline.events import EventFile, Events, Sink
 from lmdistill.pipeline.files import write_json
@@ -54,6 +55,7 @@ class Runner:
         self.artefacts: dict[str, Artefact] = {}
         self.trusted: set[Path] = set()  # folders whose every byte was checked or written by this run
         self.made: set[Path] = set()  # folders that this run has made
+        self.ran: list[str] = []  # stages that this run has worked on
         self.peaks: dict[str, int | None] = {}  # stage → peak resident bytes of its process
         self.teacher: ModelRef | None = None
 
@@ -71,7 +73,7 @@ class Runner:
             self._prepare()
         for step in self.plan.steps:
             self._step(step)
-        self.events.emit("run_finished", seconds=round(time.monotonic() - started, 3), ran=names)
+        self.events.emit("run_finished", seconds=round(time.monotonic() - started, 3), ran=self.ran)
         self._report()
         return self.artefacts
 
@@ -127,11 +129,30 @@ class Runner:
             return
         stage = step.entry.stage
         there = self.plan.store.find(step.name, stage.name, stage.output, step.key)
-        if there is None:
+        if there is None or self._outdated(step, there):
             there = self._make(step, place)
         else:
             self.events.emit("stage_cached", **place, fingerprint=step.planned.fingerprint, folder=there.path.name)
         self.artefacts[step.name] = there
+
+    def _inputs(self, step: Step) -> dict[str, list[Artefact]]:
+        roles = step.entry.inputs.items()
+        return {role: [self.artefacts[name] for name in names if name in self.artefacts] for role, names in roles}
+
+    def _made_from(self, step: Step) -> origins.Contents:
+        return origins.contents(one for many in self._inputs(step).values() for one in many)
+
+    def _outdated(self, step: Step, there: Artefact) -> bool:
+        """Whether a finished artefact is of other bytes than its inputs have now, and is to be made again; says so."""
+        unlike = origins.others(there.path, self._made_from(step))
+        if not unlike:
+            return False
+        names = [one.name for many in self._inputs(step).values() for one in many if one.fingerprint in unlike]
+        again = step.name in self.plan.selection.names(self.plan.recipe)
+        what = "is made again" if again else "is stale, and left out of this run"
+        text = f"'{step.name}' was made from another {' and '.join(map(repr, names))} of the same key: it {what}"
+        self.events.emit("note", stage=step.name, text=text)
+        return again
 
     def _make_again(self, step: Step, old: Artefact, place: Json) -> None:
         """Make a finished artefact anew, and say if it is not the same: then the stage is not deterministic."""
@@ -149,44 +170,50 @@ class Runner:
     def _compare(self, step: Step, before: Json | None, folder: Path) -> None:
         """Say so where an artefact was there before and has not come out the same; a report's timings never do."""
         if before is not None and step.entry.stage.output != "report" and read_manifest(folder) != before:
-            text = f"'{step.name}' came out with other bytes than before from the same key; what depends on it is stale"
-            self.events.emit("note", stage=step.name, text=text)
+            text = f"'{step.name}' came out with other bytes than before from the same key"
+            self.events.emit("note", stage=step.name, text=f"{text}; what depends on it is made again")
 
     def _make(self, step: Step, place: Json) -> Artefact:
         """Run one stage into its partial folder and publish that."""
         store, stage, started = self.plan.store, step.entry.stage, time.monotonic()
-        before = store.reopen(step.name, step.key)
-        folder = store.partial(step.name, step.key)
-        resumed = folder.exists()
+        self._check_inputs(step)
+        made_from = self._made_from(step)
+        before = store.reopen(step.name, step.key, made_from)
+        begun = store.partial(step.name, step.key)
+        resumed = begun.exists() and not origins.others(begun, made_from)
+        folder = store.begin(step.name, step.key, made_from)
         self.events.emit("stage_started", **place, fingerprint=step.planned.fingerprint, resumed=resumed)
         if (folder / "manifest.json").is_file() and not missing_files(folder):  # killed between it and the rename
             final = store.finish(folder, step.number, step.name, step.short)
         else:
-            metrics = self._work(step)
+            metrics = self._work(step, folder)
             result = {"metrics": metrics, "resumed": resumed, "peak_rss_bytes": self.peaks.get(step.name)}
             final = store.publish(folder, step.number, step.name, result, time.monotonic() - started)
         self.trusted.add(final)
         self.made.add(final)
+        self.ran.append(step.name)
         self._compare(step, before, final)
         seconds = round(time.monotonic() - started, 3)
         self.events.emit("stage_finished", stage=step.name, seconds=seconds, folder=final.name)
         return Artefact(step.name, stage.name, stage.output, step.planned.fingerprint, final)
 
-    def _work(self, step: Step) -> Any:
-        """The stage in its own process; its inputs are checked to the last byte before it starts."""
-        inputs = {role: [self.artefacts[name] for name in names] for role, names in step.entry.inputs.items()}
-        for artefact in (one for many in inputs.values() for one in many):
+    def _check_inputs(self, step: Step) -> None:
+        """Compare what a stage is made from with what was written, to the last byte, once a run."""
+        for artefact in (one for many in self._inputs(step).values() for one in many):
             if artefact.path not in self.trusted:
                 check(artefact.path, digests=True)
                 self.trusted.add(artefact.path)
+
+    def _work(self, step: Step, folder: Path) -> Any:
+        """The stage in its own process."""
         job = {
             "task": "run",
             "name": step.name,
             "stage": step.entry.stage.name,
             "config": step.entry.config.model_dump(mode="json", by_alias=True),
-            "inputs": {role: [artefact_to_json(one) for one in many] for role, many in inputs.items()},
+            "inputs": {role: [artefact_to_json(one) for one in many] for role, many in self._inputs(step).items()},
             "teacher": model_to_json(self.teacher),
-            "partial": str(self.plan.store.begin(step.name, step.key).absolute()),
+            "partial": str(folder.absolute()),
             "runtime": runtime_job(self.plan) | ({} if step.entry.stage.launches else {"launch": None}),
         }
         log = self.root / "logs" / f"{step.number:02d}-{step.name}.log"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmdistill.errors import IntegrityError
+from lmdistill.pipeline import origins
 from lmdistill.pipeline.files import fsync, fsync_tree, sha256_file, write_json
 from lmdistill.pipeline.keys import SHORT, fingerprint
 from lmdistill.pipeline.stage import Artefact
@@ -62,23 +63,30 @@ class Store:
         found = sorted(self.root.glob(f".partial-*-{short}"))
         return found[0] if found else self.root / f".partial-{name}-{short}"
 
-    def begin(self, name: str, key: Mapping[str, Any]) -> Path:
-        """Open the partial folder; what an interrupted run left in it stays, but for half-written `*.tmp` files."""
+    def begin(self, name: str, key: Mapping[str, Any], made_from: origins.Contents) -> Path:
+        """Open the partial folder; what an interrupted run left in it stays, but for half-written `*.tmp` files.
+
+        `made_from` are the contents of its inputs: what was begun from others goes.
+        """
         folder = self.partial(name, key)
+        if origins.others(folder, made_from):
+            shutil.rmtree(folder)
         (folder / "out").mkdir(parents=True, exist_ok=True)
         (folder / "work").mkdir(exist_ok=True)
         for leftover in (folder / "out").rglob("*.tmp"):
             leftover.unlink()
+        origins.keep(folder, made_from)
         write_json(folder / "key.json", {"name": name, "fingerprint": fingerprint(key), "key": key})
         return folder
 
-    def reopen(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    def reopen(self, name: str, key: Mapping[str, Any], made_from: origins.Contents) -> dict[str, Any] | None:
         """Turn a finished folder that lacks files into a partial one, so that its stage makes what is missing.
 
-        Returns the manifest it had, which the stage should come to again; None where there is no such folder.
+        Returns the manifest it had, which the stage should come to again; None where there is no such folder, or it
+        was made from other bytes of its inputs.
         """
         folder, partial = self.folder(key), self.partial(name, key)
-        if folder is None or partial.exists():
+        if folder is None or partial.exists() or origins.others(folder, made_from) or not missing_files(folder):
             return None
         before = read_manifest(folder)
         folder.rename(partial)
@@ -114,6 +122,8 @@ class Store:
         (partial / LOCK).unlink(missing_ok=True)
         fsync(partial)
         final = self.root / f"{number:02d}-{name}-{short}"
+        for stale in self.root.glob(f"[0-9]*-{short}"):  # of the same key, made from other bytes of its inputs
+            shutil.rmtree(stale)
         partial.rename(final)
         fsync(self.root)
         return final

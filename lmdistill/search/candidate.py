@@ -117,7 +117,7 @@ class Candidate:
         }
 
     def config(self, teacher: Any, norm_eps: float | None = None) -> Any:
-        """The transformers config, with the teacher's context, rotary base and special tokens.
+        """The transformers config, with the teacher's context, rotary embeddings and special tokens.
 
         `norm_eps` defaults to the teacher's; an Lfm2 model made by `students.lfm2.from_llama` has a larger one.
         """
@@ -134,6 +134,7 @@ class Candidate:
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
         )
+        like.rope_parameters = dict(teacher.rope_parameters)  # its weights have learnt with these
         if norm_eps is not None:
             like.rms_norm_eps = norm_eps
         if self.architecture == "llama":

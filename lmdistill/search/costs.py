@@ -83,9 +83,10 @@ class ModelledDevice:
         Where it could not be timed, the profile's reference stands for it. Kept in `work`, and in the profile.
         """
         beside = self.profile.measured.get(teacher_candidate(self._teacher).shape_digest)
-        if not isinstance(self._config.device, Path):
+        unknown = tuple(one for one in candidates if one.shape_digest not in self.profile.checked)
+        if unknown and not isinstance(self._config.device, Path):
             reference = self.profile.reference if beside is None else beside.candidate
-            request = Request(self.profile.plan, reference, tuple(candidates))
+            request = Request(self.profile.plan, reference, unknown)
             self.profile.checked |= device.run(request, work / FINALISTS, work / "timed").measured
         shapes = {one.shape_digest for one in candidates} & self.profile.checked.keys()
         figures = {shape: self.profile.figures(self.profile.checked[shape], beside) for shape in sorted(shapes)}
@@ -99,7 +100,14 @@ def with_decode_ms(figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def open_device(config: DeviceSearchConfig, space: Space, out: Path, work: Path, progress: Progress) -> ModelledDevice:
-    """The device's model, from its profile or from timing shapes of the space here; the profile goes to `out`."""
+    """The device's model, from its profile or from timing shapes of the space here; the profile goes to `out`.
+
+    An artefact that lost a file still has its profile: what was timed is not timed again, and the search comes out
+    as it did.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    if not isinstance(config.device, Path) and (out / PROFILE).exists() and not (work / PROFILE).exists():
+        shutil.copyfile(out / PROFILE, work / PROFILE)
 
     def report(done: int, total: int) -> None:
         progress.update(done, total, "shapes timed")

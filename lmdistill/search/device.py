@@ -22,6 +22,7 @@ from lmdistill.search.random_gguf import write_random_gguf
 
 RUNTIME = "llama.cpp"
 _REFERENCE = "reference"
+NOT_SPEED = ("system",)  # of a device's description: a kernel's update loses no timings
 Report = Callable[[int, int], None]  # candidates measured, of how many
 
 
@@ -86,7 +87,7 @@ def _unlike(begun: Profile, fresh: Profile) -> list[str]:
         f"its {kind} has {key} {was.get(key)}, this one {now.get(key)}"
         for kind, (was, now) in pairs.items()
         for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key)
+        if was.get(key) != now.get(key) and key not in NOT_SPEED
     ]
     if begun.reference != fresh.reference:
         found.append("its reference has another shape: another teacher or space was timed")

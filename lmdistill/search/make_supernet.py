@@ -21,6 +21,7 @@ from lmdistill.search.importance import Importance
 from lmdistill.search.operators import Convolution, fit_convolutions
 from lmdistill.search.slicing import Part, axes_of, rows_of_heads, take
 from lmdistill.search.supernet import SuperNet
+from lmdistill.search.unit_order import UnitOrder
 from lmdistill.students.regression import Fit
 
 
@@ -49,7 +50,7 @@ def make(source: Any, tokens_RT: torch.Tensor, how: Making, work: Path, progress
     net.to(tokens_RT.device)
     if how.narrows:
         scores = _kept_importance(source, tokens_RT[: how.importance_rows], how.fit, work / "importance.safetensors")
-        reorder(net, scores, [one.channels_C for one in fitted])
+        net.order = reorder(net, scores, [one.channels_C for one in fitted])
     net.eval()
     return net
 
@@ -63,8 +64,9 @@ def _kept_importance(source: Any, tokens_RT: torch.Tensor, fit: Fit, kept: Path)
     return Importance(**load_file(kept))
 
 
-def reorder(net: SuperNet, scores: Importance, channels: list[torch.Tensor]) -> None:
-    """Put every unit in its order of importance, in place; what the whole network computes stays the same."""
+def reorder(net: SuperNet, scores: Importance, channels: list[torch.Tensor]) -> UnitOrder:
+    """Put every unit in its order of importance, in place, and return that order; the whole computes the same."""
+    by_block = []
     everywhere: dict[str, Part] = {"D": importance.order_of(scores.hidden_D)}
     for name, tensor in net.top().items():
         _put(tensor, name, everywhere)
@@ -76,12 +78,14 @@ def reorder(net: SuperNet, scores: Importance, channels: list[torch.Tensor]) -> 
             "Q": rows_of_heads(queries, net.full.head_dim),
             "K": rows_of_heads(groups, net.full.head_dim),
         }
+        by_block.append({axis: own[axis] for axis in ("Q", "K")})
         for name, parameter in block.named_parameters():
             _put(parameter, name, own)
         if channels:
             own["C"] = importance.order_of(channels[place])
             for name, parameter in net.convolutions[place].named_parameters():
                 _put(parameter, f"conv.{name}", own)
+    return UnitOrder(everywhere, tuple(by_block))
 
 
 def _put(parameter: torch.Tensor, name: str, order: dict[str, Part]) -> None:

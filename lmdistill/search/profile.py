@@ -8,6 +8,7 @@ it cancel what drifts: heat, clocks, other work.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -107,8 +108,13 @@ class Measured:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Measured:
-        """What `to_json` gave."""
-        return Measured(**{**data, "candidate": Candidate.from_json(data["candidate"])})
+        """What `to_json` gave; ValueError for times and sizes that nothing can have."""
+        found = Measured(**{**data, "candidate": Candidate.from_json(data["candidate"])})
+        times = [value for each in (found.seconds, found.reference) for task in each.values() for value in task]
+        for value in (*times, found.peak_rss_bytes, found.file_bytes):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{value} among the times and sizes of {found.candidate.depth} layers")
+        return found
 
 
 @dataclass

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lmdistill.search.config import SearchConfig
     from lmdistill.search.costs import ModelledDevice
     from lmdistill.search.make_supernet import Making
-    from lmdistill.search.run import Tried
+    from lmdistill.search.run import Tried, World
     from lmdistill.search.shortlist import Shortlist
     from lmdistill.students.regression import Fit
 
@@ -58,26 +58,29 @@ def fit_of(config: SearchConfig, steps: int) -> Fit:
 
 
 def identity(ctx: StageContext[SearchConfig], sub: SubSpace) -> str:
-    """What the trainings of a sub-space belong to."""
+    """What the trainings of a sub-space belong to; another device's profile by its content, wherever it lies."""
+    from lmdistill import assets
+
     inputs = {role: [one.fingerprint for one in given] for role, given in ctx.inputs.items()}
-    return json.dumps([semantic(ctx.config, str), inputs, ctx.need_teacher().digest, sub.name], sort_keys=True)
+    return json.dumps(
+        [semantic(ctx.config, assets.identity), inputs, ctx.need_teacher().digest, sub.name], sort_keys=True
+    )
 
 
 def write(
     ctx: StageContext[SearchConfig],
     tried: Sequence[Tried],
     finalists: Sequence[Finalist],
-    costs: ModelledDevice,
+    world: World,
     timed: Shortlist,
-    tokenizer: Path,
 ) -> dict[str, Any]:
     """The winner's model, student.json and search.json; returns the metrics."""
-    from lmdistill.checkpoints import copy_tokenizer
+    from lmdistill.checkpoints import load_model, save_model
 
     winner, config = finalists[0], ctx.config
     source = {"inherited": winner.start, "fitted": winner.bridged, "tuned": winner.newest}[config.weights]
-    shutil.copytree(source, ctx.out / "model", dirs_exist_ok=True)
-    copy_tokenizer(tokenizer, ctx.out / "model")
+    model = world.net.restored(load_model(source), winner.scored.candidate)
+    save_model(model, ctx.out / "model", tokenizer_from=world.tokenizer)
     if config.supernet.keep:
         _keep(tried, ctx.out)
     candidate = winner.scored.candidate
@@ -88,7 +91,7 @@ def write(
     }
     student = {"init": "search", **counts, "plan": plan_of(candidate, tried[0].sub.space.blocks)}
     (ctx.out / "student.json").write_text(json.dumps({**student, "candidate": candidate.to_json()}, indent=1) + "\n")
-    write_json(ctx.out / FILE, _search(config, tried, finalists, costs, timed))
+    write_json(ctx.out / FILE, _search(config, tried, finalists, world.costs, timed))
     return {**counts, "tried": sum(len(each.scored) for each in tried), "winner": candidate.digest}
 
 

@@ -81,7 +81,7 @@ def search(ctx: Context) -> dict[str, Any]:
     found = _shortlist(ctx, world, tried)
     finalists = finals(ctx, world, tried, found)
     write_json(ctx.out / PROFILE, world.costs.profile.to_json())  # with the finalists' timings: it repeats the search
-    return record.write(ctx, tried, finalists, world.costs, found, world.tokenizer)
+    return record.write(ctx, tried, finalists, world, found)
 
 
 def begin(ctx: Context) -> World:
@@ -158,13 +158,13 @@ def _shortlist(ctx: Context, world: World, tried: Sequence[Tried]) -> Shortlist:
 def finals(ctx: Context, world: World, tried: Sequence[Tried], found: Shortlist) -> list[Finalist]:
     """The finalists, the winner first."""
     config, best = ctx.config, found.best
-    states = {one.candidate.digest: each.found.state or world.initial for each in tried for one in each.scored}
-    finalists = prepare(
-        best,
-        ctx.work / "finalists",
-        lambda scored: world.extract(scored, states[scored.candidate.digest]),
-        world.tokenizer,
-    )
+
+    def cut(scored: Scored) -> Any:
+        """With the weights of the sub-space that it was scored in: another one may have tried it too."""
+        own = next(each for each in tried if any(one is scored for one in each.scored))
+        return world.extract(scored, own.found.state or world.initial)
+
+    finalists = prepare(best, ctx.work / "finalists", cut, world.tokenizer)
     if config.finalists.fit_steps and config.weights != "fitted":
         _bridge(ctx, world, finalists)
     training = config.distilling(config.finalists.tokens)
@@ -191,5 +191,5 @@ def _nothing_feasible(everyone: Sequence[Scored]) -> StageError:
     return StageError(
         f"none of {len(everyone)} candidates keeps the budgets",
         why=f"the nearest misses `{missed}` by {100 * nearest.excess[missed]:.1f}%",
-        fix="raise `evolution.generations`, or loosen that budget",
+        fix="raise `evolution.generations` or `evolution.population`, or loosen that budget",
     )

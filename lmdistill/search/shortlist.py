@@ -7,6 +7,7 @@ rounds of timing are wrong by some percent too: what is judged is the mean of bo
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +29,25 @@ class Shortlist:
     best: list[Scored]
     timed: dict[str, Figures] = field(default_factory=dict)  # by shapes' digests; empty for a device that is not here
     excess: dict[str, dict[str, float]] = field(default_factory=dict)  # of each budget as judged, by the same
+    foretold: dict[str, Mapping[str, float]] = field(default_factory=dict)  # and as the model alone has it
 
     def missed(self, candidate: Candidate) -> float:
         """By what share the worst budget is missed; not above zero where all are kept, or nothing is timed."""
         return max(self.excess.get(candidate.shape_digest, {}).values(), default=0.0)
+
+    def expected(self, candidate: Candidate, costs: ModelledDevice) -> float:
+        """The same as foretold, corrected by how much worse than foretold the timed ones came out (their median)."""
+        if candidate.shape_digest in self.excess:
+            return self.missed(candidate)
+        foretold = costs.excess(candidate)
+        worse = {
+            budget: statistics.median(
+                judged[budget] - self.foretold[shape][budget] for shape, judged in self.excess.items()
+            )
+            for budget in foretold
+            if self.excess
+        }
+        return max((value + max(0.0, worse.get(budget, 0.0)) for budget, value in foretold.items()), default=0.0)
 
     def of(self, candidate: Candidate) -> Figures | None:
         """A candidate's figures as timed."""
@@ -53,11 +69,15 @@ def shortlist(
     found = Shortlist([])
     left = list(everyone)
     for _ in range(PASSES):
-        found.best = chosen(left, objectives, count)
+        hopeful = [one for one in left if found.expected(one.candidate, costs) <= 0]
+        found.best = chosen(hopeful, objectives, count)
+        if len(found.best) < count:  # then those too that the model puts within the budgets
+            found.best = chosen(left, objectives, count)
         asked = [one.candidate for one in found.best if one.candidate.shape_digest not in found.timed]
         if asked:
             found.timed |= costs.timed(asked, work)
             known = [one for one in asked if one.shape_digest in found.timed]
+            found.foretold |= {one.shape_digest: costs.excess(one) for one in known}
             found.excess |= {one.shape_digest: costs.judged(one, found.timed[one.shape_digest]) for one in known}
         slow = [one for one in found.best if found.missed(one.candidate) > 0]
         if not slow:

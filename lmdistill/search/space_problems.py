@@ -51,9 +51,31 @@ def teacher_problems(keys: SpaceConfig, teacher: dict[str, Any]) -> list[Problem
         **dict.fromkeys(("hidden_size", "intermediate_size", "heads", "kv_heads")),
     )
     found = growth.problems(asked, teacher)
+    if growable and not found:
+        found += _unshippable(keys, teacher)
     untied = not teacher.get("tie_word_embeddings", False)
     if growable and untied and not keys.hybrid:  # of an lfm2 it is said already
         found.append(("the teacher's head is not tied to its embeddings, a candidate's is", "use a student stage"))
+    return found
+
+
+def _unshippable(keys: SpaceConfig, teacher: dict[str, Any]) -> list[Problem]:
+    """What a Llama-like teacher may have that no candidate has a place for, or that llama.cpp lacks for it."""
+    from lmdistill.deployment.architectures import ARCHITECTURES
+
+    found: list[Problem] = []
+    instead = "take another teacher, or a `student` stage of `architecture: llama`"
+    if teacher.get("attention_bias") or teacher.get("mlp_bias"):
+        found.append(("the teacher's projections have biases, a candidate's have none", instead))
+    heads = teacher["num_attention_heads"]
+    head = teacher.get("head_dim") or teacher["hidden_size"] // heads
+    if heads * head != teacher["hidden_size"]:
+        found.append((f"a candidate's heads fill its width; the teacher has {heads} × {head}", instead))
+    name = "lfm2" if keys.hybrid else "llama"
+    shipped = ARCHITECTURES[name](teacher)
+    if (kind := shipped.rope["rope_type"]) not in shipped.rope_types:
+        fix = "operators: [attention]" if keys.hybrid else instead
+        found.append((f"the teacher's rotary embeddings are of type '{kind}', which llama.cpp's {name} lacks", fix))
     return found
 
 

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from lmdistill.search.candidate import Candidate
 from lmdistill.search.slicing import Full, axes_of, parts_of, take
+from lmdistill.search.unit_order import UnitOrder, restore
 
 SKELETONS = 8  # empty models kept; the largest and the smallest come back in every step
 Prepare = Callable[[Any], None]
@@ -43,6 +44,7 @@ class SuperNet(torch.nn.Module):  # type: ignore[misc]
             head_dim,
             kernel,
         )
+        self.order: UnitOrder | None = None  # of its units, where it is not the teacher's
         self.candidate: Candidate | None = None
         self.share = 1.0  # of what `forward` returns: a step is a mean over its candidates
         self.prepare: Prepare = lambda model: None
@@ -122,6 +124,12 @@ class SuperNet(torch.nn.Module):  # type: ignore[misc]
         model.load_state_dict({name: tensor.detach() for name, tensor in self.weights(candidate).items()}, strict=False)
         model.tie_weights()
         return model.to(self.body.embed_tokens.weight.device)
+
+    def restored(self, model: Any, candidate: Candidate) -> Any:
+        """A candidate's model with the units that it keeps all of where the teacher has them."""
+        if self.order is not None:
+            restore(model, candidate, self.full, self.order)
+        return model
 
 
 def empty_model(config: Any, device: torch.device) -> Any:

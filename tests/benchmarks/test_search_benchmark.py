@@ -20,6 +20,8 @@ PIECES: dict[str, Any] = {
     "random": {"ratio": 1.2},
     "short": {"spearman": 0.8},
     "equal": {"searched": {"nll": 4.0}, "hand_made": {"nll": 4.1}, "gap": {"nll": -0.1, "nll_se": 0.01}},
+    "ranked": {"ratio": 1.1},
+    "fresh": {"searched": {"nll": 4.0}, "hand_made": {"nll": 4.1}, "gap": {"nll": -0.1, "nll_se": 0.01}},
     "starts": {"fitted": {"nll": 4.0}, "shared": {"nll": 4.1}, "gap": {"nll": -0.1, "nll_se": 0.01}},
     "device": {"searched": {"decode_tps": 240}, "hand_made": {"decode_tps": 230}},
 }

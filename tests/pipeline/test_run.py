@@ -56,7 +56,13 @@ def test_artefacts_and_their_records(write: Write) -> None:
     assert (gather.out / "text.txt").read_text() == "hello"
     assert gather.metrics == {"tokens": 5}
     assert gather.path.name == f"01-gather-{gather.fingerprint[:12]}"
-    assert {file.name for file in gather.path.iterdir()} == {"key.json", "manifest.json", "run.json", "out"}
+    assert {file.name for file in gather.path.iterdir()} == {
+        "key.json",
+        "made_from.json",
+        "manifest.json",
+        "run.json",
+        "out",
+    }
     run = json.loads((gather.path / "run.json").read_text())
     assert (run["tokens"], run["resumed"]) == (5, False)
     assert run["seconds"] > 0

@@ -17,7 +17,7 @@ KEY = {"stage": "x", "config": {"a": 1}}
 
 def publish(root: Path, content: bytes = b"content") -> Path:
     store = Store(root)
-    partial = store.begin("x", KEY)
+    partial = store.begin("x", KEY, {})
     (partial / "out" / "deep").mkdir()
     (partial / "out" / "deep" / "file.bin").write_bytes(content)
     (partial / "work" / "state").write_text("scratch")
@@ -46,7 +46,7 @@ def test_manifest_is_the_same_for_the_same_bytes(tmp_path: Path) -> None:
 
 def test_partial_is_found_under_an_earlier_name(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    assert store.begin("old", KEY) == store.partial("new", KEY)
+    assert store.begin("old", KEY, {}) == store.partial("new", KEY)
 
 
 @pytest.mark.parametrize("position", [0, 3, 6])

@@ -8,11 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from searching import pieces
 from searching.bench import Bench
+from searching.students import _behind
 from supernet_toys import KEYS
 
+from lmdistill.evaluation.heldout import HeldOut, ScoredSequence
 from lmdistill.pipeline.stage import Artefact, ModelRef, StageContext
 from lmdistill.search.scored import RANKED
 from lmdistill.stages.search import SearchStage
@@ -49,6 +52,28 @@ def test_random_candidates_keep_the_budgets_and_share_the_searchs_tokens(bench: 
     assert found["tokens"] == {"all": budget, "each": budget // 3}
     assert len(found["random"]) == 3 and found["ratio"] > 0
     assert all(decode_ms <= teacher["decode_ms"] / 1.3 * 1.001 for _, decode_ms in found["random"])
+
+
+def test_ranked_candidates_are_random_shapes_on_the_searchs_own_blocks(bench: Bench) -> None:
+    found = pieces.ranked_search(bench)
+    assert len(found["random"]) == 3 and found["tokens"] == pieces.random_search(bench)["tokens"]
+    world = pieces.run.begin(bench.context())
+    drawn = pieces._drawn(
+        world,
+        0,
+        3,
+        lambda world, rng: world.ranking.candidate(pieces.shape_of(world.subs[0].sample(rng)), world.subs[0].space),
+    )
+    assert len({one.digest for one in drawn}) == 3
+    assert all(one == world.ranking.candidate(pieces.shape_of(one), world.subs[0].space) for one in drawn)
+
+
+def test_rows_behind_a_corpus_are_others(bench: Bench) -> None:
+    sequences = tuple(ScoredSequence(row, np.arange(4) + row, np.arange(3)) for row in range(5))
+    heldout = HeldOut("test", 5, 4, 64, sequences, np.arange(5))
+    kept = _behind(heldout, 2, 9)
+    assert (kept.rows, [one.row for one in kept.sequences], kept.bytes_R.tolist()) == (3, [0, 1, 2], [2, 3, 4])
+    assert kept.sequences[0].tokens_T[0] == 2 and _behind(heldout, 2, 1).rows == 1
 
 
 def test_candidates_start_with_the_loss_that_the_search_saw(bench: Bench) -> None:

@@ -88,6 +88,39 @@ def test_another_plan_or_reference_begins_anew(groups: list[list[str]], tmp_path
     assert len(groups) == 3
 
 
+def test_a_new_kernel_loses_no_timings(
+    groups: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(2)
+    device.run(asked, tmp_path / "p.json", tmp_path / "work")
+    described = device.describe()
+    monkeypatch.setattr(device, "describe", lambda: described | {"system": "Linux 99"})
+    device.run(asked, tmp_path / "p.json", tmp_path / "work")
+    assert len(groups) == 1
+    monkeypatch.setattr(device, "describe", lambda: described | {"cores": 99})
+    device.run(asked, tmp_path / "p.json", tmp_path / "work")
+    assert len(groups) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0])
+@pytest.mark.parametrize("where", ["seconds", "reference", "peak_rss_bytes"])
+def test_times_that_nothing_takes_are_no_profile(
+    value: float, where: str, groups: list[list[str]], tmp_path: Path
+) -> None:
+    file = tmp_path / "p.json"
+    device.run(request(2), file, tmp_path / "work")
+    data = json.loads(file.read_text())
+    one = data["measured"][1]
+    if where == "peak_rss_bytes":
+        one[where] = value
+    else:
+        one[where][DECODE][0] = value
+    file.write_text(json.dumps(data))
+    with pytest.raises(IntegrityError, match=r"p\.json is a damaged device profile") as refused:
+        Profile.read(file)
+    assert f"{value} among the times and sizes" in refused.value.render()
+
+
 def test_a_plan_from_before_bursts_were_counted_has_one() -> None:
     before = asdict(PLAN)
     del before["bursts"]

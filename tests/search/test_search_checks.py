@@ -101,6 +101,40 @@ def test_a_teacher_with_a_head_of_its_own_is_refused(profile: Path, tmp_path: Pa
     assert any("tied" in text for text in said(untied, profile))
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "space", "what"),
+    [
+        ({"attention_bias": True}, ["attention"], "projections have biases"),
+        ({"head_dim": 32}, ["attention"], "the teacher has 4 × 32"),
+        ({"rope_parameters": LLAMA3}, ["attention", "conv"], "of type 'llama3', which llama.cpp's lfm2 lacks"),
+    ],
+)
+def test_a_teacher_that_candidates_have_no_place_for_is_refused(
+    config: dict[str, Any], space: list[str], what: str, profile: Path, tmp_path: Path
+) -> None:
+    odd = save_teacher(tmp_path, **config)
+    (text,) = said(odd, profile, space={**KEYS["space"], "operators": space})
+    assert what in text and "do:" in text
+
+
+def test_a_candidate_has_the_teachers_rotary_embeddings(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    teacher = AutoConfig.from_pretrained(save_teacher(tmp_path, rope_parameters=LLAMA3).path)
+    space = Space(SearchConfig.model_validate({"space": {"operators": ["attention"]}}).space, teacher.to_dict(), "q4_0")
+    assert whole(space).largest().config(teacher).rope_parameters == teacher.rope_parameters
+
+
 @pytest.mark.parametrize("key", ["rounds", "bursts", "candidates", "decode"])
 def test_more_timing_is_estimated_to_take_longer(teacher: ModelRef, profile: Path, key: str) -> None:
     def seconds(**timing: int) -> float:

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from supernet_toys import BLOCKS, KEYS, LENGTH, folder_bytes
 from lmdistill.corpus.config import CorpusConfig
 from lmdistill.errors import LmdistillError
 from lmdistill.pipeline.stage import Planned, PreflightContext, SilentProgress, StageContext
+from lmdistill.search import record
 from lmdistill.search.candidate import Candidate
 from lmdistill.search.profile import Measured, Profile, Request
 from lmdistill.search.record import supernet_file
@@ -113,6 +115,13 @@ def test_pruning_tries_each_shape_once_and_trains_no_shared_weights(context: Mak
     assert not list((tmp_path / "work").rglob("checkpoint-*"))
 
 
+def of_the_same_numbers(*folders: Path) -> bool:
+    """Whether two models have the same numbers in each tensor; an artefact has its units in the teacher's order."""
+    first, second = (load_file(folder / "model.safetensors") for folder in folders)
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name].flatten().sort().values, second[name].flatten().sort().values) for name in first)
+
+
 def test_without_convolutions_the_student_is_a_llama_that_attends_throughout(context: Make, tmp_path: Path) -> None:
     from lmdistill.checkpoints import load_model
 
@@ -123,7 +132,7 @@ def test_without_convolutions_the_student_is_a_llama_that_attends_throughout(con
     assert model.config.model_type == "llama" and set(student["layer_types"]) == {"full_attention"}
     found = json.loads((ctx.out / "search.json").read_text())
     tuned = ctx.work / "finalists" / found["winner"][:16] / f"after-{len(found['finalists'][0]['rounds'])}"
-    assert (ctx.out / "model" / "model.safetensors").read_bytes() == (tuned / "model.safetensors").read_bytes()
+    assert of_the_same_numbers(ctx.out / "model", tuned)
 
 
 def test_fitted_weights_are_the_teachers_and_not_those_that_were_shared(context: Make, tmp_path: Path) -> None:
@@ -134,9 +143,9 @@ def test_fitted_weights_are_the_teachers_and_not_those_that_were_shared(context:
     first, *others = found["finalists"]
     assert first["digest"] == found["winner"] and first["fitted"] and first["rounds"]
     assert others and not any(one["fitted"] for one in others)
-    fitted = ctx.work / "finalists" / found["winner"][:16] / "fitted" / "model.safetensors"
-    assert (ctx.out / "model" / "model.safetensors").read_bytes() == fitted.read_bytes()
-    embedded = load_file(fitted)["model.embed_tokens.weight"]
+    fitted = ctx.work / "finalists" / found["winner"][:16] / "fitted"
+    assert of_the_same_numbers(ctx.out / "model", fitted)
+    embedded = load_file(fitted / "model.safetensors")["model.embed_tokens.weight"]
     made, shared = (
         load_file(ctx.work / name)["body.embed_tokens.weight"][:, : embedded.shape[1]]
         for name in ("initial.safetensors", "sub-all/training/trained.safetensors")
@@ -163,6 +172,54 @@ def test_sub_spaces_are_searched_each_with_weights_of_its_own(context: Make, tmp
         width = model["model.embed_tokens.weight"].shape[1]
         state = trained[list(bands).index(one)]["body.embed_tokens.weight"]
         assert torch.equal(model["model.embed_tokens.weight"], state[:, :width])
+
+
+def test_a_candidate_of_two_sub_spaces_takes_the_weights_that_it_was_scored_with(context: Make, tmp_path: Path) -> None:
+    bands = {"one": {"parameters": [0, 1]}, "two": {"parameters": [0, 1]}}
+    ctx = context(tmp_path, space={**KEYS["space"], "sub_spaces": bands}, evolution={"population": 3, "generations": 1})
+    run(ctx)
+    found = json.loads((ctx.out / "search.json").read_text())
+    both = 0
+    for digest in (each["digest"] for each in found["finalists"]):
+        losses = {one["sub_space"]: one["loss"]["kd"] for one in found["candidates"] if one["digest"] == digest}
+        both += len(losses) == 2
+        state = load_file(ctx.work / f"sub-{min(losses, key=losses.__getitem__)}" / "training" / "trained.safetensors")
+        model = load_file(ctx.work / "finalists" / digest[:16] / "inherited" / "model.safetensors")
+        own = model["model.embed_tokens.weight"]
+        assert torch.equal(own, state["body.embed_tokens.weight"][:, : own.shape[1]])
+    assert both
+
+
+def test_what_was_trained_belongs_to_a_profiles_content_and_not_to_its_place(
+    context: Make, profile: Path, tmp_path: Path
+) -> None:
+    moved, other = tmp_path / "moved.json", tmp_path / "other.json"
+    shutil.copyfile(profile, moved)
+    other.write_text(profile.read_text().replace('"toy"', '"another"'))
+    sub = SimpleNamespace(name="all")
+    ids = [
+        record.identity(context(tmp_path / str(n), device=str(one)), sub)
+        for n, one in enumerate((profile, moved, other))
+    ]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_an_artefact_that_lost_a_file_is_searched_again_with_its_own_profile(
+    context: Make, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its work folder is gone, with all timings; timed again, another student might win."""
+    from lmdistill.search import device
+    from lmdistill.search.costs import open_device
+    from lmdistill.search.space import Space
+
+    monkeypatch.setattr(device, "describe", lambda: {"machine": "toy"})
+    monkeypatch.setattr(device, "_time_group", lambda *_: pytest.fail("timed again"))
+    ctx = context(tmp_path, device="local")
+    shutil.copyfile(profile, ctx.out / "profile.json")
+    teacher = json.loads((ctx.need_teacher().path / "config.json").read_text())
+    space = Space(ctx.config.space, teacher, ctx.config.timing.format)
+    opened = open_device(ctx.config, space, ctx.out, ctx.work, SilentProgress())
+    assert opened.profile == Profile.read(profile)
 
 
 CHEAP = {"method": "prune", "evolution": {"population": 6}, "finalists": {"count": 1, "fit_steps": 0}}

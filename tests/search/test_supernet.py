@@ -16,7 +16,7 @@ from lmdistill.pipeline.stage import ModelRef, SilentProgress
 from lmdistill.search import importance
 from lmdistill.search.candidate import Candidate, Layer
 from lmdistill.search.make_supernet import Making, make
-from lmdistill.search.slicing import kept_heads
+from lmdistill.search.slicing import axes_of, kept_heads
 from lmdistill.search.space import Space, SpaceConfig
 from lmdistill.search.sub_space import SubSpace, sub_spaces
 from lmdistill.search.supernet import SuperNet
@@ -76,6 +76,30 @@ def test_with_units_in_their_order_the_whole_network_is_still_the_teacher(made: 
         wanted, found = source(tokens()).logits, net.run(whole(net), input_ids=tokens()).logits
     assert not torch.equal(net.body.embed_tokens.weight, source.model.embed_tokens.weight)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_student_of_the_teachers_width_has_its_channels_and_heads_where_the_teacher_has_them(made: Any) -> None:
+    """So that losses between layers of the two compare like with like; inside an MLP the order is free."""
+    source, net, _ = made
+    model = net.restored(net.extract(whole(net)), whole(net)).state_dict()
+    for name, tensor in source.state_dict().items():
+        if "F" in axes_of(name.replace("lm_head", "embed_tokens")):
+            assert model[name].shape == tensor.shape
+        else:
+            assert torch.equal(model[name], tensor), name
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(deadline=None, max_examples=8)
+def test_units_that_are_put_back_compute_the_same(made: Any, seed: int) -> None:
+    source, net, sub = made
+    candidate = sub.sample(random.Random(seed))
+    with torch.no_grad():
+        before = net.extract(candidate)(tokens()).logits
+        model = net.restored(net.extract(candidate), candidate)
+        torch.testing.assert_close(model(tokens()).logits, before, rtol=1e-3, atol=1e-3)
+    theirs, ours = source.model.embed_tokens.weight, model.model.embed_tokens.weight
+    assert (candidate.hidden_size == net.full.hidden_size) == (theirs.shape == ours.shape and torch.equal(theirs, ours))
 
 
 def test_gradients_reach_the_units_that_a_candidate_has_and_no_others(made: Any) -> None:

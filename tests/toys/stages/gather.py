@@ -31,6 +31,7 @@ class GatherConfig(StageConfig):
     workers: Annotated[int | None, RuntimeKey()] = Field(default=None, description="how fast")
     disk: Annotated[int, RuntimeKey()] = Field(default=1000, description="bytes it claims to need on disk")
     memory: Annotated[int, RuntimeKey()] | None = Field(default=None, description="bytes of memory it claims to need")
+    measured: Annotated[str, RuntimeKey()] = Field(default="", description="what it finds when it measures")
     complain: Annotated[bool, RuntimeKey()] = Field(default=False, description="object in the preflight")
 
 
@@ -55,7 +56,7 @@ class Gather(Stage[GatherConfig]):
             assert path is not None
             text += path.read_text()
         text = text.upper() if ctx.config.mode == "upper" else text
-        (ctx.out / "text.txt").write_text(text)
+        (ctx.out / "text.txt").write_text(text + ctx.config.measured)
         ctx.progress.update(1, 1, "texts", loss=0.5)
         ctx.progress.note("gathered")
         print("printed by the stage")
