@@ -13,7 +13,7 @@ chose for this teacher and machine. The pieces, in order:
   inherited weights with that after it;
 - equal: the searched student as the run distilled it, the hand-made one distilled by the same keys on the same rows,
   and both scored on text that neither search nor training saw;
-- fresh: both again, on documents of the same kind that no run has been looked at on;
+- fresh: both again, on documents of the same kind that the run was never trained on nor looked at by;
 - starts: the searched shape once more, from the super-network's weights instead of those that the run began it with;
 - device: both shapes timed in turns as Q4_0 files.
 What is done is kept below --store. Stopped, or after --minutes, the same command goes on; figures of all that is there

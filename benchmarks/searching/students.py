@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from grids.text import check_heldout, training_corpus
+from grids.text import training_corpus
 
 from lmdistill.corpus.format import CorpusReader
 from lmdistill.evaluation.heldout import HeldOut, read_heldout
@@ -20,7 +20,7 @@ from lmdistill.signals.reader import SignalsReader
 from lmdistill.training.run import Place, train
 from searching.bench import Bench, extracted
 
-MORE = 4  # times the run's tokens: of its documents of `test`, three quarters are new
+MORE = 2  # times the run's tokens, in the corpus whose second half is text that the run never saw
 
 
 def equal(bench: Bench) -> dict[str, Any]:
@@ -44,15 +44,18 @@ def starts(bench: Bench) -> dict[str, Any]:
 
 
 def fresh(bench: Bench) -> dict[str, Any]:
-    """Both students of `equal` on documents of `test` that the run's own corpus had no room for.
+    """Both students of `equal` on documents for training that the run had no time for: nobody chose anything on those.
 
-    Its recipe with more tokens holds the same documents first and others behind them: nobody chose anything on those.
+    Its recipe with more tokens has the same rows first and others behind them.
     """
     own = CorpusReader(bench.corpus.out)
-    length, trained = own.meta.sequence_length, own.meta.splits["train"].tokens
-    corpus = training_corpus(bench.args.run, bench.args.store / "fresh-corpus", length, MORE * trained)
-    check_heldout(corpus, bench.corpus.out)
-    heldout = _behind(read_heldout(corpus, "test", sys.maxsize), len(own.split("test")), bench.args.heldout // length)
+    rows_RT, length = own.split("train").tokens_RT, own.meta.sequence_length
+    folder = bench.args.store / "fresh-corpus"
+    corpus = training_corpus(bench.args.run, folder, length, MORE * rows_RT.size)
+    if (CorpusReader(corpus).split("train").tokens_RT[: len(rows_RT)] != rows_RT).any():
+        raise SystemExit(f"the rows of {corpus} do not begin with those of {bench.corpus.out}: remove {folder}")
+    behind = len(rows_RT) + 1  # a document may end in the row that follows
+    heldout = _behind(read_heldout(corpus, "train", sys.maxsize), behind, bench.args.heldout // length)
     models = {"searched": bench.distilled.model().path, "hand_made": bench.args.store / "hand-made-distilled"}
     if not models["hand_made"].exists():
         raise SystemExit("the piece 'equal' comes first: it distils the hand-made student")
