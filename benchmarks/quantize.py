@@ -6,14 +6,15 @@
 The parents are the student that a finished run of recipes/lfm_small.yaml distilled, and its teacher SmolLM2-135M; text
 is that run's, more of it than the run had time for to train on, and what it held out to score. For each way: the parent
 quantised afterwards (`ptq`), the same with an importance matrix (`ptq_imatrix`), where training on the grid begins, and
-where it is after so many steps. All steps of a way are one training at one step size, and each count has a way down of
-its own, its last fifth (benchmarks/grids/trained.py). What the parent says of the text is captured once for all ways.
+where it is after so many steps (of uniform grids and learned points few and small ones, to compare them with each
+other). All steps of a way are one training at one step size, and each count has a way down of its own, its last fifth
+(benchmarks/grids/trained.py). What the parent says of the text is captured once for all ways.
 GGUF grids are measured as files in llama.cpp, others in transformers. `recovered` is 1 − KL(QAD) / KL(best PTQ) after
 the most steps.
 
 Every figure is kept in runs/quantize_benchmark as soon as it is there, and a training goes on from its last checkpoint:
 `--minutes` ends a piece, the same command goes on. `--plan` says what is missing and about how long each piece takes:
-about 110 minutes in all on two quiet cores with AVX2, 40 of them Q4_0 (reckoned from operations, not yet measured).
+about 140 minutes in all on two quiet cores with AVX2, 40 of them Q4_0, 30 to lower programs (reckoned from operations).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grids import executorch
 from grids.afterwards import untrained
 from grids.parent import Deadline, Figures, OutOfTime, Parent, Piece, summary
 from grids.text import check_heldout, training_corpus
@@ -39,9 +41,12 @@ from machine import hardware
 from signals import TEACHER
 
 from lmdistill.assets import model_folder
+from lmdistill.errors import LmdistillError
 from lmdistill.pipeline.stage import SilentProgress
 
 RESULT = Path(__file__).parent / "results" / "quantize.json"
+MOST_STEPS = 500
+ALL = [*WAYS, executorch.NAME]
 TABLE = ("kl_ptq", "kl_ptq_imatrix", "kl_start")
 
 
@@ -60,7 +65,7 @@ def _one(parent: Parent, way: Way, steps: Sequence[int]) -> Figures:
 def _table(result: Figures) -> str:
     lines = ["| model | way | KL PTQ | with imatrix | start | QAD | recovered |", "|---|---|---|---|---|---|---|"]
     for model, ways in result["by_model"].items():
-        for name, one in ways.items():
+        for name, one in ((name, one) for name, one in ways.items() if name != executorch.NAME):
             without = [f"{one[key]:.4f}" if key in one else "–" for key in TABLE]
             trained = ", ".join(f"{steps}: {kl:.4f}" for steps, kl in one["kl_qad"].items())
             lines.append(f"| {model} | {name} | {' | '.join(without)} | {trained} | {one['recovered']:.3f} |")
@@ -73,11 +78,17 @@ def _plan(parents: Sequence[Parent], arguments: argparse.Namespace) -> str:
     for parent in parents:
         pieces: dict[str, Piece] = {}
         for name in arguments.ways:
-            pieces |= {one.key: one for one in _pieces(parent, WAYS[name], _steps(name, arguments)).values()}
+            pieces |= {one.key: one for one in _of_way(parent, name, arguments).values()}
         for piece in parent.missing(list(pieces.values())):
             lines.append(f"| {parent.name} | {piece.key} | {piece.seconds:,.0f} s |")
             total += piece.seconds
     return "\n".join([*lines, f"| all | | {total / 60:,.0f} min on two quiet cores |"])
+
+
+def _of_way(parent: Parent, name: str, arguments: argparse.Namespace) -> dict[str, Piece]:
+    if name == executorch.NAME:
+        return executorch.pieces(parent)
+    return _pieces(parent, WAYS[name], _steps(name, arguments))
 
 
 def _steps(way: str, arguments: argparse.Namespace) -> list[int]:
@@ -91,10 +102,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--plan", action="store_true", help="say what is missing and how long it takes, and end")
     parser.add_argument("--models", nargs="*", choices=["student", "smollm"], default=["student", "smollm"])
-    parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="*", choices=ALL, default=ALL)
     parser.add_argument("--steps", nargs="*", type=int, default=[50, 200, 500], help="of shipped grids")
     parser.add_argument("--learned-steps", nargs="*", type=int, default=[50], help="of uniform grids and points")
-    parser.add_argument("--heldout", type=int, default=2048, help="held-out tokens to score")
+    parser.add_argument("--heldout", type=int, default=4096, help="held-out tokens to score")
     parser.add_argument("--minutes", type=float, help="end this piece after so long")
     parser.add_argument("--work", type=Path, default=Path("runs/quantize_benchmark"), help="where figures are kept")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the result is written")
@@ -116,7 +127,8 @@ def _parents(arguments: argparse.Namespace, deadline: Deadline) -> list[Parent]:
     }
     corpora = {}
     for length in sorted({way.row_tokens for way in WAYS.values()}):
-        rows = max(max(_steps(name, arguments)) * way.rows for name, way in WAYS.items() if way.row_tokens == length)
+        most = {name: max(MOST_STEPS, *_steps(name, arguments)) for name in WAYS}  # fewer steps read the same text
+        rows = max(most[name] * way.rows for name, way in WAYS.items() if way.row_tokens == length)
         folder = arguments.work / f"corpus-{length}-{rows}"
         corpora[length] = training_corpus(arguments.run, folder, length, rows * length)
         check_heldout(corpora[length], stage("corpus"))
@@ -130,13 +142,25 @@ def _measure(parents: Sequence[Parent], arguments: argparse.Namespace, result: F
     """Every way of every parent into `result`, which is written after each; OutOfTime where the time is up."""
     for name in arguments.ways:
         for parent in parents:
-            result["by_model"].setdefault(parent.name, {})[name] = _one(parent, WAYS[name], _steps(name, arguments))
+            if name == executorch.NAME:
+                one = executorch.figures(parent)
+            else:
+                one = _one(parent, WAYS[name], _steps(name, arguments))
+            result["by_model"].setdefault(parent.name, {})[name] = one
             result |= result["by_model"].get("student", {})
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
+    """Measure; what does not fit together is one message."""
+    try:
+        _run()
+    except LmdistillError as error:
+        sys.exit(error.render())
+
+
+def _run() -> None:
     """Measure, write after every way, and print."""
     arguments = _arguments()
     before = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
@@ -145,7 +169,6 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
         "by_model": before.get("by_model", {}),
-        **({"executorch": before["executorch"]} if "executorch" in before else {}),
     }
     complete = True
     with contextlib.redirect_stdout(sys.stderr):  # where trainers print; what is printed below stands alone

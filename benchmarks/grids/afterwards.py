@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from grids.measured import measured
 from grids.parent import Figures, Parent, Piece
 from grids.ways import IMATRIX_TOKENS, Way
-from lmdistill.checkpoints import load_model
+from lmdistill.checkpoints import load_model, save_model
 from lmdistill.deployment.formats import FORMATS
 from lmdistill.deployment.gguf_writer import write_gguf
 from lmdistill.deployment.imatrix import importance_of
@@ -19,8 +22,10 @@ from lmdistill.deployment.quantizer import quantize
 from lmdistill.evaluation.runtimes.checkpoint import CheckpointRuntime
 from lmdistill.evaluation.runtimes.llama_cpp import GgufRuntime
 from lmdistill.quantization.keys import QuantizeKeys
+from lmdistill.quantization.on_grid import handle_of
 from lmdistill.quantization.start import put_on_grids
 from lmdistill.quantization.wanted import wanted
+from lmdistill.training.on_grids import START
 
 
 def untrained(parent: Parent, way: Way) -> dict[str, Piece]:
@@ -41,7 +46,7 @@ def untrained(parent: Parent, way: Way) -> dict[str, Piece]:
             )
             for name, keys in way.untrained.items()
         }
-    start = partial(_model, parent, way, way.quantize, kept=True)
+    start = partial(_start, parent, way)
     return made | {"start": Piece(f"{way.name}/start", start, scoring + measuring)}
 
 
@@ -59,12 +64,26 @@ def _file(parent: Parent, way: Way, imatrix: bool) -> Figures:
     return figures
 
 
-def _model(parent: Parent, way: Way, keys: QuantizeKeys, kept: bool = False) -> Figures:
-    """The parent on its grid without training, in transformers; what its start took to find is `kept` for training."""
-    return parent.scored(CheckpointRuntime(_placed(parent, way, keys, kept), "cpu"))
+def _model(parent: Parent, way: Way, keys: QuantizeKeys) -> Figures:
+    """The parent on its grid without training, in transformers."""
+    return parent.scored(CheckpointRuntime(_placed(parent, way, keys, None), "cpu"))
 
 
-def _placed(parent: Parent, way: Way, keys: QuantizeKeys, kept: bool) -> Any:
+def _start(parent: Parent, way: Way) -> Figures:
+    """Where training begins, measured as what it ends in is; what it took to find is kept for the training."""
+    model, folder = _placed(parent, way, way.quantize, parent.work / way.name / START), parent.work / way.name / "begun"
+    handle = handle_of(model)
+    assert handle is not None
+    placement = handle.settle()
+    save_model(model, folder, tokenizer_from=parent.folder)
+    placement.save(folder)
+    figures = measured(parent, way, folder)
+    shutil.rmtree(folder)
+    return figures
+
+
+def _placed(parent: Parent, way: Way, keys: QuantizeKeys, kept: Path | None) -> Any:
+    """The parent on its grid; what that took to find goes to `kept`."""
     import torch
 
     model = load_model(parent.folder)
@@ -73,5 +92,5 @@ def _placed(parent: Parent, way: Way, keys: QuantizeKeys, kept: bool) -> Any:
     if keys.start != "reference":
         length = len(parent.training_text[0])
         rows = (torch.tensor([row]) for row in parent.training_text[: -(-keys.start_tokens // length)])
-    put_on_grids(model, keys, wanted(keys, config), rows, parent.work / way.name / "start" if kept else None)
+    put_on_grids(model, keys, wanted(keys, config), rows, kept)
     return model

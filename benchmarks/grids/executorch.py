@@ -11,7 +11,7 @@ some 8 CPU seconds a layer in float32 and twice that on the grid.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from grids.parent import Figures, Parent, Piece
@@ -34,30 +34,24 @@ CONTEXT = 1024
 LOWERING = 1e-5  # seconds a parameter that f32, 8da4w and the packed model take together on two quiet cores
 
 
-def joined(before: Figures, parent: Parent) -> Figures:
-    """What is known of other parents with this one's figures; the student's are on top."""
-    by_model = before.get("by_model", {}) | {parent.name: figures(parent)}
-    return by_model.get("student", {}) | {"by_model": by_model}
-
-
-def figures(parent: Parent, speed: SpeedPlan = SPEED, context: int = CONTEXT) -> Figures:
-    """All figures of one parent that are there, made in order of their cost."""
+def pieces(parent: Parent) -> dict[str, Piece]:
+    """All figures of one parent, in the order in which they need each other."""
     formats = (*BESIDE.values(), *BESIDE)
-
-    def kept(key: str, make: Callable[[], Figures], seconds: float) -> Figures:
-        return parent.kept(Piece(f"{NAME}-{key}", make, seconds))
-
-    parent.kept(parent.spoken()["parent"])
     lowering = LOWERING * parent.weights / 2
-    record = kept("export", lambda: _exported(parent, parent.folder, "plain", formats, context), lowering)
-    entries = {entry["format"]: entry for entry in record["files"]}
-    files = {name: _out(parent, "plain") / entry["file"] for name, entry in entries.items()}
-    packed = kept("packed", lambda: _packed(parent, context), lowering)
-    scores = {
-        name: kept(name, lambda name=name: _scored(parent, name, files[name]), 60)  # type: ignore[misc]
-        for name in (SMALL, BESIDE[SMALL])
+    made = {
+        "export": (lambda: _exported(parent, parent.folder, "plain", formats, CONTEXT), lowering),
+        "packed": (lambda: _packed(parent, CONTEXT), lowering),
+        **{name: (partial(_scored, parent, name), 60.0) for name in (SMALL, BESIDE[SMALL])},
+        "speed": (lambda: _speed(parent, SPEED), 120.0),
     }
-    rows = kept("speed", lambda: _speed(parent, files, speed), 120)["rows"]
+    own = {name: Piece(f"{NAME}-{name}", make, seconds) for name, (make, seconds) in made.items()}
+    return {"parent": parent.alone, **own}
+
+
+def figures(parent: Parent) -> Figures:
+    """Those figures, as the page has them."""
+    made = {name: parent.kept(piece) for name, piece in pieces(parent).items()}
+    entries, packed, rows = _entries(parent), made["packed"], made["speed"]["rows"]
     return {
         "fp32_max_abs": entries[FLOAT]["parity"]["max_abs"],
         "fp32_mean_kl": entries[FLOAT]["parity"]["mean_kl"],
@@ -65,14 +59,24 @@ def figures(parent: Parent, speed: SpeedPlan = SPEED, context: int = CONTEXT) ->
         "bit_equal": packed["bit_equal"] == packed["tensors"],
         "tensors": packed["tensors"],
         "packed_max_abs": packed["max_abs"],
-        "files": {name: _row(entries[name], scores.get(name, {}), rows[name]) for name in entries},
+        "files": {name: _row(entries[name], made.get(name, {}), rows[name]) for name in entries},
         "over_llama_cpp": {
             name: {kind: round(rows[name][kind]["median"] / rows[beside][kind]["median"], 3) for kind in _RATES}
             for name, beside in BESIDE.items()
         },
-        "threads": speed.threads,
-        "context": context,
+        "threads": SPEED.threads,
+        "context": CONTEXT,
     }
+
+
+def _entries(parent: Parent) -> dict[str, Figures]:
+    """What the export says of each file, by format."""
+    record = json.loads((_out(parent, "plain") / RECORD).read_text())
+    return {entry["format"]: entry for entry in record["files"]}
+
+
+def _files(parent: Parent) -> dict[str, Path]:
+    return {name: _out(parent, "plain") / entry["file"] for name, entry in _entries(parent).items()}
 
 
 _RATES = ("prefill_tps", "decode_tps")
@@ -116,14 +120,14 @@ def _packed(parent: Parent, context: int) -> Figures:
     return {"bit_equal": entry["bit_equal"], "tensors": tensors, "max_abs": entry["parity"]["max_abs"]}
 
 
-def _scored(parent: Parent, name: str, file: Path) -> Figures:
-    opened = runtime_class(target_of(name).runtime).open(file, parent.options, exact=True)
+def _scored(parent: Parent, name: str) -> Figures:
+    opened = runtime_class(target_of(name).runtime).open(_files(parent)[name], parent.options, exact=True)
     return parent.scored(opened)
 
 
-def _speed(parent: Parent, files: dict[str, Path], plan: SpeedPlan) -> Figures:
+def _speed(parent: Parent, plan: SpeedPlan) -> Figures:
     """All files in turns."""
-    targets = [SpeedTarget(name, target_of(name).runtime, file) for name, file in files.items()]
+    targets = [SpeedTarget(name, target_of(name).runtime, file) for name, file in _files(parent).items()]
     return {"rows": measure(targets, plan, parent.work / f"{NAME}-logs")}
 
 

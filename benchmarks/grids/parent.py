@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -57,6 +59,7 @@ class Piece:
     key: str
     make: Callable[[], Figures]
     seconds: float
+    done: Callable[[], object] = lambda: None  # once it is kept
 
 
 @dataclass
@@ -97,7 +100,7 @@ class Parent:
         """How many it has."""
         from lmdistill.checkpoints import stored_tensors
 
-        return sum(_product(shape) for _, shape in stored_tensors(self.folder))
+        return sum(math.prod(shape) for _, shape in stored_tensors(self.folder))
 
     def bound(self, way: Way) -> None:
         """Bind a way's figures to what the way is."""
@@ -117,10 +120,12 @@ class Parent:
             begin, cpu, figures = time.monotonic(), time.process_time(), piece.make()
             figures["seconds"] = round(time.monotonic() - begin, 1)
             figures["cpu_seconds"] = round(time.process_time() - cpu, 1)
+            figures["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_suffix(".tmp")
             unfinished.write_text(json.dumps(figures, indent=1))
             unfinished.replace(path)
+            piece.done()
         found: Figures = json.loads(path.read_text())
         return found
 
@@ -134,7 +139,12 @@ class Parent:
             figures = summarise(score(runtime, self.heldout, teacher=reference))
         finally:
             runtime.close()
-        return {"kl": figures["kl_to_teacher"], "nll": figures["nll"], "nll_se": figures["nll_se"]}
+        return {
+            "kl": figures["kl_to_teacher"],
+            "kl_se": figures["kl_to_teacher_se"],
+            "nll": figures["nll"],
+            "nll_se": figures["nll_se"],
+        }
 
     @property
     def options(self) -> RuntimeOptions:
@@ -158,19 +168,25 @@ class Parent:
         model, corpus = ModelRef(self.name, self.folder, self.digest), self.corpora[way.row_tokens]
         text = CorpusReader(corpus).meta.splits["train"].tokens
 
-        def measure() -> Figures:
-            runtime = CheckpointRuntime.open(self.folder, self.options, exact=True)
-            with ReferenceWriter(self.reference) as writer:
-                return summarise(score(runtime, self.heldout, keep=writer))
-
         def capture() -> Figures:
             captured(corpus, model, CACHE, self._signals(way), self.deadline)
             return {"tokens": text}
 
         return {
-            "parent": Piece("parent", measure, self.forward_seconds(self.tokens)),
+            "parent": self.alone,
             "capture": Piece(f"capture-{way.row_tokens}", capture, self.forward_seconds(text)),
         }
+
+    @property
+    def alone(self) -> Piece:
+        """Its own loss, and its predictions of what is scored, which all others are held against."""
+
+        def measure() -> Figures:
+            runtime = CheckpointRuntime.open(self.folder, self.options, exact=True)
+            with ReferenceWriter(self.reference) as writer:
+                return summarise(score(runtime, self.heldout, keep=writer))
+
+        return Piece("parent", measure, self.forward_seconds(self.tokens))
 
     def forward_seconds(self, tokens: int) -> float:
         """About how long a forward pass takes on two cores."""
@@ -195,19 +211,15 @@ def summary(made: Mapping[str, Figures], steps: Sequence[int], best: float) -> F
         "bit_equal": all(made[str(count)]["bit_equal"] for count in steps),
         "tensors": last["tensors"],
         **{f"kl_{kind}": made[kind]["kl"] for kind in kinds},
+        "kl_se": {kind: made[kind]["kl_se"] for kind in (*kinds, *map(str, steps))},
         "kl_qad": {str(count): made[str(count)]["kl"] for count in steps},
         "nll": {kind: made[kind]["nll"] for kind in ("parent", *kinds)}
         | {f"qad_{count}": made[str(count)]["nll"] for count in steps},
         "step_tokens": last["step_tokens"],
         "recovered": round(1 - last["kl"] / best, 4),
+        "recovered_from_start": round(1 - last["kl"] / made["start"]["kl"], 4),  # by the steps alone
         "recovered_by_steps": {str(count): round(1 - made[str(count)]["kl"] / best, 4) for count in steps},
         "size": last["size"],
+        "finished": last["finished"],
         "seconds": {name: figures["seconds"] for name, figures in made.items()},
     }
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

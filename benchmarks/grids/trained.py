@@ -12,18 +12,10 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from grids.measured import measured
 from grids.parent import Figures, Parent, Piece
 from grids.ways import Way, level_steps
-from lmdistill.checkpoints import load_model
-from lmdistill.deployment.formats import FORMATS
-from lmdistill.deployment.packed_gguf import verify_packed, write_packed_gguf
-from lmdistill.evaluation.runtimes.checkpoint import CheckpointRuntime
-from lmdistill.evaluation.runtimes.llama_cpp import GgufRuntime
-from lmdistill.quantization.on_grid import kept_on_its_grids
-from lmdistill.quantization.placement import Placement
-from lmdistill.quantization.size import sizes
 from lmdistill.signals.reader import SignalsReader
 from lmdistill.training.on_grids import START
 from lmdistill.training.run import Place, train
@@ -35,15 +27,20 @@ def trainings(parent: Parent, way: Way, counts: Sequence[int]) -> dict[str, Piec
     for place, count in enumerate(counts):
         make = partial(_trained, parent, way, counts, place)
         seconds = (count - begun) * way.step_seconds(parent.weights) + parent.forward_seconds(parent.tokens) + 15
-        pieces[str(count)] = Piece(f"{way.name}/qad-{count}", make, seconds)
+        done = partial(shutil.rmtree, _folder(parent, way, count), ignore_errors=True)
+        pieces[str(count)] = Piece(f"{way.name}/qad-{count}", make, seconds, done)
         begun = level_steps(count)
     return pieces
+
+
+def _folder(parent: Parent, way: Way, count: int) -> Path:
+    return parent.work / way.name / f"{count}-steps"
 
 
 def _trained(parent: Parent, way: Way, counts: Sequence[int], place: int) -> Figures:
     """The parent after so many steps on its grid, its own teacher."""
     count = counts[place]
-    folders = [parent.work / way.name / f"{each}-steps" for each in counts]
+    folders = [_folder(parent, way, each) for each in counts]
     folder = folders[place]
     _linked(parent.work / way.name / START, folder / "work" / START)
     reader = SignalsReader(parent.signals(way), "train")
@@ -53,8 +50,7 @@ def _trained(parent: Parent, way: Way, counts: Sequence[int], place: int) -> Fig
     if place + 1 < len(counts):
         level = f"checkpoint-{level_steps(count)}"
         _linked(folder / "work" / level, folders[place + 1] / "work" / level)
-    figures = _measured(parent, way, folder / "model")
-    shutil.rmtree(folder)
+    figures = measured(parent, way, folder / "model")
     return figures | {"step_tokens": record["tokens"] // record["steps"], "log": record["log"]}
 
 
@@ -65,36 +61,3 @@ def _linked(source: Path, target: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.copytree(source, unfinished, copy_function=os.link)
         unfinished.rename(target)
-
-
-def _measured(parent: Parent, way: Way, model: Path) -> Figures:
-    """KL and loss of a trained model, and whether its file has its very weights."""
-    from safetensors.torch import load_file
-
-    placement = Placement.load(model)
-    assert placement is not None
-    tensors = load_file(model / "model.safetensors")
-    size = {"size": sizes(tensors, placement)}
-    if way.preset in FORMATS:
-        target = parent.file(way, "trained")
-        write_packed_gguf(model, target, placement, way.preset, name=way.name, parent="0" * 64)
-        figures = {"bit_equal": True, "tensors": verify_packed(target, model), "bytes": target.stat().st_size}
-        figures |= parent.scored(GgufRuntime.open(target, parent.options, exact=True))
-        target.unlink()
-        return figures | size
-    figures = {"bit_equal": not _off_grid(tensors, placement), "tensors": len(placement.on_grids())}
-    loaded = load_model(model)
-    kept_on_its_grids(loaded, model)  # where activations are rounded too, that is part of the grid
-    return figures | parent.scored(CheckpointRuntime(loaded, "cpu")) | size
-
-
-def _off_grid(tensors: dict[str, Any], placement: Placement) -> list[str]:
-    """Tensors that are not what their packed bytes stand for."""
-    import torch
-
-    found = []
-    for name, grid in placement.on_grids().items():
-        packed = grid.pack(grid.quantise(tensors[name], placement.scales[name]))
-        if not torch.equal(grid.dequantise(grid.unpack(packed)), tensors[name]):
-            found.append(name)
-    return found

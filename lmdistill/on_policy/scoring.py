@@ -15,7 +15,7 @@ import torch
 
 from lmdistill.losses.fused_head import Mix, Sums, fused_head_loss
 from lmdistill.losses.registry import LiveTeacher, Targets
-from lmdistill.quantization.on_grid import seen_weight
+from lmdistill.quantization.on_grid import seen_input, seen_weight
 from lmdistill.teachers.reduction import reduce_logits
 from lmdistill.training.student_forward import at
 
@@ -63,4 +63,5 @@ def score(
         live = teacher.speak(tokens_RT, None, counted_N)
         with torch.no_grad():
             targets = targets_of(live, at(labels_RT, counted_N), k, chunk)
-        return fused_head_loss(hidden_ND, seen_weight(student.get_output_embeddings()), targets, mix, chunk)
+        head = student.get_output_embeddings()
+        return fused_head_loss(seen_input(head, hidden_ND), seen_weight(head), targets, mix, chunk)

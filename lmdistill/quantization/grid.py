@@ -43,6 +43,7 @@ class Grid(ABC):
     dynamic_activations: ClassVar[bool] = False  # whether its runtime rounds the activations of a linear layer too
     searches: ClassVar[bool] = False  # whether finding the reference's scales takes longer than a step of training
     learnable: ClassVar[tuple[str, ...] | None] = None  # scales that can be trained; None: all of a float dtype
+    finds_again: ClassVar[bool] = True  # whether the reference's scales of points are those that the points have
     either_sign: ClassVar[bool] = False  # whether a scale may be negative, so that the last point is at the other end
 
     @property
@@ -241,7 +242,7 @@ class Grid(ABC):
         return {name: scale.view(*lead, *scale.shape[1:]) for name, scale in scales.items()}
 
     def by_block(self, scales: Scales) -> dict[str, torch.Tensor]:
-        """The reverse of `_by_row`."""
+        """The reverse of `by_row`."""
         per_block = self.sub_blocks()
         return {name: scale.reshape(-1, *per_block.get(name, ())) for name, scale in scales.items()}
 

@@ -86,8 +86,7 @@ def _points(
 
 def _linear(self: Any, hidden: torch.Tensor) -> torch.Tensor:
     seen: Seen = self.seen
-    if seen.on and seen.grid.dynamic_activations:
-        hidden = fake_quantise_activations(hidden)
+    hidden = seen_input(self, hidden)
     kind = hidden.device.type
     # Points leave the cache in the dtype that the product is made in, not to be read and written once more for it.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -107,8 +106,17 @@ def seen_weight(module: Any) -> torch.Tensor:
     return weight
 
 
+def seen_input(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """What enters a layer, as its forward sees it: rounded where its grid rounds activations too."""
+    seen: Seen | None = module.__dict__.get("seen")
+    rounds = seen is not None and seen.on and seen.grid.dynamic_activations
+    return fake_quantise_activations(hidden) if rounds else hidden
+
+
 class _SeenHead:
     """A head for those who multiply with its `weight` themselves, as TRL's trainers do: it has points.
+
+    What they multiply it with is theirs: where its grid rounds activations too, they do not.
 
     Made anew for each forward pass, in which they are found once.
     """
@@ -203,6 +211,9 @@ class OnGrids:
                 quantised = seen.grid.quantise(parameters[name], given)
                 parameters[name].copy_(seen.grid.dequantise(quantised))
                 scales[name] = {key: one.cpu() for key, one in quantised.scales.items()}
+            for name, kind in self.plan.placement.grids.items():
+                if kind == "f16" and name in parameters:
+                    _to_halves(parameters[name])
         for module in self._modules:
             module.__dict__.pop("forward", None)
             del module.seen
@@ -212,6 +223,13 @@ class OnGrids:
         self.model.__dict__.pop("get_output_embeddings", None)
         del self.model.__dict__[HANDLE]
         return self.plan.placement.with_scales(scales)
+
+
+def _to_halves(weight: torch.Tensor) -> None:
+    """Round to float16, which a file has it in; left as it is where that cannot hold it, for the export to say."""
+    halves = weight.half()
+    if torch.isfinite(halves).all():
+        weight.copy_(halves)
 
 
 def _keep_scale(module: torch.nn.Module, name: str, scale: torch.Tensor, learned: bool) -> None:

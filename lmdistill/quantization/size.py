@@ -34,7 +34,7 @@ def sizes(tensors: Mapping[str, torch.Tensor], placement: Placement) -> dict[str
     """Bits a weight of the tensors on grids, scales included: as stored, and with Huffman codes."""
     stored = coded = weights = 0.0
     for name, grid in placement.on_grids().items():
-        codes = grid.quantise(tensors[name], placement.scales.get(name)).codes
+        codes = grid.quantise(tensors[name].cpu(), placement.scales.get(name)).codes  # where the scales are
         counts = codes.flatten().to(torch.int64).sub_(int(codes.min())).bincount()
         weights += codes.numel()
         stored += grid.bits_per_weight * codes.numel()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
-from lmdistill.errors import PreflightError, RecipeError
+from lmdistill.errors import PreflightError, RecipeError, nearest
 from lmdistill.quantization.keys import QuantizeKeys
 from lmdistill.quantization.placement import Placement
 from lmdistill.quantization.plan import FLOATS, PRESETS, grids_of_preset, tied_conflict
@@ -25,6 +25,10 @@ def wanted(keys: QuantizeKeys, config: Mapping[str, Any]) -> Placement:
     """
     from lmdistill.deployment.architectures import architecture_of
 
+    if keys.grid not in (choices := grid_choices()):
+        raise RecipeError(
+            f"no grid is called '{keys.grid}'{nearest(keys.grid, choices)}", fix=f"one of: {', '.join(choices)}"
+        )
     architecture = architecture_of(config)
     preset = keys.grid in PRESETS
     grids = grids_of_preset(keys.grid, architecture) if preset else _grids_of_blocks(keys.grid, architecture)

@@ -22,7 +22,7 @@ class DistillStage(Stage[DistillConfig]):
     """Signals and a student in, a trained model out."""
 
     name = "distill"
-    version = 5
+    version = 6
     Config = DistillConfig
     inputs = (Input("signals", ("signals",)), Input("student", ("model", "student")))
     output = "model"

@@ -18,7 +18,7 @@ class OnPolicyStage(Stage[OnPolicyConfig]):
     """A model and a corpus of prompts in, a model out."""
 
     name = "on_policy"
-    version = 2
+    version = 3
     Config = OnPolicyConfig
     inputs = (STUDENT, Input("corpus", ("corpus",)))
     output = "model"

@@ -14,7 +14,7 @@ class SearchStage(Stage[SearchConfig]):
     """A teacher cache, its corpus and the teacher in, the chosen student out."""
 
     name = "search"
-    version = 4
+    version = 5
     Config = SearchConfig
     inputs = (Input("signals", ("signals",)), Input("corpus", ("corpus",)))
     output = "student"

@@ -48,6 +48,40 @@ def refuse_converted(folder: Path, wanted: DistillConfig) -> None:
             why="its full-precision weights are gone, and points of one grid quantised anew are worse than either",
             fix=f"give the checkpoint it was made from, or set `quantize.grid: {placement.preset}`",
         )
+    if keys is not None and placement is not None:
+        refuse_lost_scales(keys, f"the checkpoint {folder}")
+        _refuse_other_places(keys, placement, config, folder)
+
+
+def refuse_lost_scales(keys: QuantizeKeys, student: str) -> None:
+    """Raise PreflightError where training on would begin with other scales than the student lies on."""
+    from lmdistill.quantization.plan import PRESETS
+    from lmdistill.quantization.registry import get
+
+    if keys.scales == "follow" and keys.grid not in PRESETS and not get(keys.grid).finds_again:
+        raise PreflightError(
+            f"{student} lies on '{keys.grid}', and `scales: follow` would put it on another such grid at once",
+            why="the scales that this grid's quantiser finds of points are not those that they have",
+            fix="set `quantize.scales: learned`, or fixed",
+        )
+
+
+def _refuse_other_places(keys: QuantizeKeys, placement: Placement, config: dict[str, Any], folder: Path) -> None:
+    """Raise PreflightError where a student lies otherwise than the recipe wants it: it stays where it is."""
+    from lmdistill.quantization.wanted import wanted
+
+    asked = wanted(keys, config)
+    own = {"bits"} if keys.share_bits else set()  # shared out when it was put there
+    for name, kind in asked.grids.items():
+        options, lain = (
+            {k: v for k, v in one.options.get(name, {}).items() if k not in own} for one in (asked, placement)
+        )
+        if (kind, options) != (own_kind := placement.grids.get(name), lain):
+            raise PreflightError(
+                f"the checkpoint {folder} is converted: {name} lies on {own_kind} {lain or ''}".rstrip(),
+                why=f"`quantize` asks for {kind} {options or ''}".rstrip(),
+                fix="give the checkpoint it was made from, or leave those keys as they were when it was trained",
+            )
 
 
 def put_student(student: Any, place: Place, keys: QuantizeKeys | None, reader: Reader) -> None:

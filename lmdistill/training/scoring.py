@@ -40,7 +40,7 @@ def scored_rows(
     """
     import torch
 
-    from lmdistill.quantization.on_grid import seen_weight
+    from lmdistill.quantization.on_grid import seen_input, seen_weight
 
     device = next(model.parameters()).device
     for start in range(0, len(rows), batch_rows):
@@ -53,5 +53,6 @@ def scored_rows(
             ).last_hidden_state
         hidden_ND = body[counts_RT].to(torch.bfloat16 if bfloat16 else body.dtype)
         lp_RT = torch.full(labels_RT.shape, torch.nan, device=device)
-        lp_RT[counts_RT] = next_log_probs(hidden_ND, seen_weight(model.lm_head), labels_RT[counts_RT], chunk)
+        seen_ND, weight_VD = seen_input(model.lm_head, hidden_ND), seen_weight(model.lm_head)
+        lp_RT[counts_RT] = next_log_probs(seen_ND, weight_VD, labels_RT[counts_RT], chunk)
         yield lp_RT.cpu().numpy()

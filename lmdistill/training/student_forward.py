@@ -19,7 +19,7 @@ import torch
 
 from lmdistill.losses.fused_head import Mix, fused_head_loss
 from lmdistill.losses.registry import Targets
-from lmdistill.quantization.on_grid import seen_weight
+from lmdistill.quantization.on_grid import seen_input, seen_weight
 from lmdistill.training.packing_known import packing_known
 from lmdistill.training.token_keys import TokenWeights
 from lmdistill.training.token_weights import Places, weighed
@@ -47,7 +47,7 @@ def attach_loss(
     def loss_of_head(
         self: Any, hidden_ND: torch.Tensor, targets: Targets, places: Places | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        weight_VD = seen_weight(self)
+        weight_VD, hidden_ND = seen_weight(self), seen_input(self, hidden_ND)
         if weights is not None and places is not None:
             targets = weighed(weights, targets, places, hidden_ND, weight_VD, chunk)
         with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -90,6 +90,7 @@ def attach_loss(
         count = hidden_ND.shape[0] if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count, "kd": kd / count, "ce": ce / count}
 
+    model.lm_head.__dict__["before_loss"] = model.lm_head.__dict__.get("forward")
     model.lm_head.forward = types.MethodType(loss_of_head, model.lm_head)
     model.forward = types.MethodType(forward, model)
     model.accepts_loss_kwargs = True
@@ -97,9 +98,11 @@ def attach_loss(
 
 
 def detach_loss(model: Any) -> None:
-    """Give `model` its own forward back, and its head's."""
+    """Give `model` its own forward back, and its head the one that it had."""
     for module in (model, model.lm_head):
         module.__dict__.pop("forward")
+    if (before := model.lm_head.__dict__.pop("before_loss")) is not None:
+        model.lm_head.forward = before
 
 
 def at(tensor_RT: torch.Tensor, counted_N: torch.Tensor) -> torch.Tensor:

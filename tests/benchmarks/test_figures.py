@@ -41,3 +41,5 @@ def test_a_searched_student_is_held_against_the_hand_made_one() -> None:
     reached = [row[-1] for row in figures.search_rows(result)]
     assert reached == ["yes", "no", "no", "yes", "no", "yes"]
     assert len(list(figures.search_rows({**result, "searched": None, "hand_made": None}))) == 3
+    pieces = {"ranked": {"ratio": 0.9}, "fresh": {"searched": {"nll": 4.2}, "hand_made": {"nll": 4.3}}}
+    assert [row[-1] for row in figures.search_rows({**result, "measured": pieces})][3:5] == ["no", "yes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +12,10 @@ from typing import Any
 
 import pytest
 import quantize
-from grids import ways
+from grids import executorch, ways
 
 from lmdistill.corpus.config import CorpusConfig, Source
-from lmdistill.errors import IntegrityError
+from lmdistill.evaluation.speed import SpeedPlan
 from lmdistill.pipeline.stage import ModelRef, Runtime, StageContext
 from lmdistill.stages import load_stage
 
@@ -116,15 +117,35 @@ def test_figures_of_another_model_or_way_are_refused(
     run("--ways", "learned_points_2bit")
     other = replace(quantize.WAYS["learned_points_2bit"], rows=2)
     monkeypatch.setitem(quantize.WAYS, "learned_points_2bit", other)
-    with pytest.raises(IntegrityError, match="with other rows"):
+    with pytest.raises(SystemExit, match="with other rows"):
         run("--ways", "learned_points_2bit")
-    with pytest.raises(IntegrityError, match="with other heldout"):
+    with pytest.raises(SystemExit, match="with other heldout"):
         run("--ways", "Q4_0", "--heldout", "64")
 
 
-def test_what_another_script_measured_stays_in_the_file(
+def test_what_was_measured_of_other_ways_stays_in_the_file(
     run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "quantize.json").write_text(json.dumps({"executorch": {"fp32_max_abs": 1.0}}))
+    before = {"by_model": {"student": {"executorch": {"fp32_max_abs": 1.0}}}}
+    (tmp_path / "quantize.json").write_text(json.dumps(before))
     monkeypatch.setattr(quantize, "_one", lambda *_: {"recovered": 0.5, "kl_qad": {}})
-    assert run()["executorch"] == {"fp32_max_abs": 1.0}
+    result = run()
+    assert result["executorch"] == {"fp32_max_abs": 1.0} and result["Q4_0"]["recovered"] == 0.5
+
+
+@pytest.mark.skipif("LMDISTILL_SLOW" not in os.environ, reason="two minutes of lowering: make test-slow")
+def test_programs_are_measured_beside_llama_cpps_files(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("executorch", reason="executorch is not installed: pip install 'lmdistill[executorch]'")
+    monkeypatch.setattr(executorch, "SPEED", SpeedPlan(prefill=16, decode=4, repeats=1, threads=1))
+    monkeypatch.setattr(executorch, "CONTEXT", 512)
+    found = run("--ways", "executorch")["executorch"]
+    assert found["fp32_max_abs"] <= 1e-4 and found["bit_equal"] is True
+    assert all(share >= 0.95 for share in found["delegated"].values())
+    assert set(found["files"]) == {"f32", "q4_0", "pte_f32", "pte_8da4w_all"}
+    assert {"kl", "nll"} <= set(found["files"]["pte_8da4w_all"]) & set(found["files"]["q4_0"])
+    assert all(rate > 0 for rates in found["over_llama_cpp"].values() for rate in rates.values())
+    capsys.readouterr()
+    run("--ways", "executorch", "--plan")
+    assert capsys.readouterr().out.count("student") == 0, "nothing is missing any more"

@@ -89,6 +89,19 @@ def test_where_that_does_not_hold_the_scales_are_needed(label: str) -> None:
         grid.pack_exactly(points)
 
 
+@every_grid
+def test_training_on_knows_of_scales_that_points_do_not_bring_back(label: str) -> None:
+    grid = grid_of(label)
+    assert grid.searches or grid.finds_again == (label in IDEMPOTENT)
+
+
+def test_a_step_that_was_learned_beyond_zero_is_one_that_xnnpack_takes() -> None:
+    grid, values = get("8da4w"), weights("normal", 3, (1, 64))
+    found = grid.quantise(values, {"d": torch.tensor([[-0.1, 0.1]])})
+    assert (found.scales["d"] > 0).all() and found.scales["d"][0, 1] == torch.tensor(0.1).bfloat16()
+    assert torch.isfinite(grid.dequantise(found)).all()
+
+
 def _bound(grid: Grid, values: torch.Tensor) -> torch.Tensor:
     """The largest error that a grid's docstring allows, `[R, W / B, 1]`."""
     scales = {name: scale.float().unsqueeze(-1) for name, scale in grid.quantise(values).scales.items()}
@@ -209,6 +222,16 @@ def test_stochastic_rounding_is_unbiased_and_between_neighbours() -> None:
     assert ((points - values).abs() <= step * (1 + 1e-5)).all()
     assert torch.allclose(points.mean(0), values[0], atol=float(step) * 0.02)
     assert len(points.unique(dim=0)) > 100
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_stochastic_points_are_packed_as_they_are(bits: int) -> None:
+    grid = get("uniform", bits=bits, bucket=32, stochastic=True)
+    for kind in ("normal", "heavy tails", "wide", "few values"):
+        once = grid.quantise(weights(kind, 5))
+        again = grid.quantise(grid.dequantise(once), once.scales)
+        assert torch.equal(again.codes, once.codes)
+        grid.pack_exactly(grid.dequantise(once), once.scales)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

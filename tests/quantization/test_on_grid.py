@@ -136,6 +136,64 @@ def test_8da4w_rounds_activations_of_linear_layers_too() -> None:
     assert torch.equal(layer(hidden), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_rounded_in_float32(dtype: torch.dtype) -> None:
+    from lmdistill.quantization.activations import fake_quantise_activations
+
+    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    found = fake_quantise_activations(hidden)
+    assert found.dtype == dtype and torch.equal(found, fake_quantise_activations(hidden.float()).to(dtype))
+
+
+def test_the_loss_at_the_head_sees_what_the_heads_own_forward_sees() -> None:
+    """With embeddings on 8da4w the tied head rounds what enters it, and the fused loss does, too."""
+    from lmdistill.losses import registry
+    from lmdistill.losses.fused_head import Mix
+    from lmdistill.training.student_forward import attach_loss, detach_loss
+
+    model = _llama()
+    OnGrids(model, Plan(_everywhere(model, "8da4w")))
+    with torch.no_grad():
+        logits = model(IDS).logits[0, :-1]
+        expected = torch.nn.functional.cross_entropy(logits, IDS[0, 1:]).item()
+        mix = Mix(registry.get("decoupled_topk"), registry.LossOptions(), 0.5, 0.5)
+        attach_loss(model, lambda: mix, 8)
+        labels = torch.cat((IDS[:, 1:], torch.full((1, 1), -100)), 1)
+        ids, logp = torch.zeros(1, 24, 1, dtype=torch.long), torch.full((1, 24, 1), -1.0)
+        found = model(IDS, labels, torch.arange(23), ids, logp, logp[..., 0])
+        detach_loss(model)
+        assert found["ce"].item() == pytest.approx(expected, abs=1e-6)
+        assert torch.equal(model(IDS).logits[0, :-1], logits), "the head has its own forward again"
+
+
+def test_learned_points_of_a_tensor_stay_the_tensors() -> None:
+    model = _llama()
+    placement = _everywhere(model, "points", bits=2, bucket=32)
+    scales = {name: grid.start(model.get_parameter(name)) for name, grid in placement.on_grids().items()}
+    settled = OnGrids(model, Plan(placement.with_scales(scales), learned=True)).settle()
+    assert {scale["p"].shape for scale in settled.scales.values()} == {(4,)}
+    for name, grid in settled.on_grids().items():
+        assert grid.pack_exactly(model.get_parameter(name), settled.scales[name]).numel()
+
+
+def test_tensors_in_float16_settle_there() -> None:
+    model = _llama(tie_word_embeddings=False)
+    handle = OnGrids(model, Plan(Placement({"model.layers.0.mlp.up_proj.weight": "q4_0", "lm_head.weight": "f16"})))
+    handle.settle()
+    head = model.lm_head.weight
+    assert torch.equal(head, head.half().float())
+    assert not torch.equal(model.model.embed_tokens.weight, model.model.embed_tokens.weight.half().float())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_on_a_gpu_settles_and_its_size_is_known() -> None:
+    from lmdistill.training.on_grids import grid_record
+
+    model = _llama().cuda()
+    placement = OnGrids(model, Plan(_everywhere(model))).settle()
+    assert grid_record(model, placement)["grid"]["bits"] == 4.5
+
+
 def test_a_plain_trainer_leaves_a_model_on_the_grids_it_lay_on(tmp_path: Path) -> None:
     """What later training needs: two calls around any trainer of transformers or TRL."""
     from transformers import Trainer, TrainingArguments

@@ -189,12 +189,29 @@ def test_a_converted_checkpoint_is_refused(signals: Artefact, student: Artefact,
         train_toy(tmp_path / "y", signals, _output(tmp_path / "qad"), quantize=Q8, **SHORT)
 
 
+def test_training_on_where_a_student_lies_asks_for_the_same_places(
+    signals: Artefact, student: Artefact, tmp_path: Path
+) -> None:
+    own = {"grid": "8da4w", "group": 16, "scales": "fixed"}
+    train_toy(tmp_path / "qad", signals, student, quantize=own, **SHORT)
+    lain = _output(tmp_path / "qad")
+    with pytest.raises(PreflightError, match="`scales: follow` would put it on another such grid"):
+        train_toy(tmp_path / "a", signals, lain, quantize=own | {"scales": "follow"}, **SHORT)
+    with pytest.raises(PreflightError, match=r"lies on 8da4w {'group': 16}\n.*asks for 8da4w {'group': 8}"):
+        train_toy(tmp_path / "b", signals, lain, quantize=own | {"group": 8}, **SHORT)
+    with pytest.raises(PreflightError, match=r"embed_tokens.weight lies on f32\n.*asks for 8da4w"):
+        train_toy(tmp_path / "c", signals, lain, quantize=own | {"embeddings": "8da4w"}, **SHORT)
+    train_toy(tmp_path / "d", signals, lain, quantize=own, **SHORT)
+    assert _off_grid(tmp_path / "d/out/model") == []
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"grid": "q4_0"}, "rows of 48 weights cannot be put on grid 'q4_0'"),
         ({"grid": "8da4w"}, "rows of 48 weights cannot be put on grid '8da4w'"),
         ({"grid": "q4_9"}, "no grid is called 'q4_9'"),
+        ({"grid": "q4_k"}, "no grid is called 'q4_k'; did you mean 'q4_k_m'"),
         ({**Q8, "head": "q4_0"}, "tied head with unequal grids"),
         ({**Q8, "head": "q4_0", "embeddings": "q8_0"}, "tied head with unequal grids"),
         ({**Q8, "keep": ["*up_porj*"]}, "`quantize.keep: .*up_porj.*` matches no tensor"),
@@ -245,6 +262,15 @@ def test_a_student_that_will_be_converted_is_refused_before_anything_runs(tmp_pa
         assert len(found) == problems and all(
             "will be converted: stage 'first' leaves it on 'q8_0'" in p for p in found
         )
+
+
+def test_a_student_that_will_lie_on_a_grid_takes_no_adapter(tmp_path: Path) -> None:
+    earlier = DistillConfig.model_validate({"quantize": {"grid": "8da4w"}})
+    student = Planned("first", "distill", "model", "f" * 64, earlier)
+    [problem] = _preflight(DistillConfig.model_validate({"lora": {}}), student, None, tmp_path)
+    assert "its student will lie on '8da4w'" in problem
+    [problem] = _preflight(earlier, student, None, tmp_path)
+    assert "`scales: follow` would put it on another such grid" in problem
 
 
 def test_widths_are_checked_on_the_model_that_is_there(student: Artefact, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ class Int4Dynamic(OneStepGrid):
     least, most = -8, 7
     code_bits = 4
     dynamic_activations: ClassVar[bool] = True
+    finds_again: ClassVar[bool] = False  # of 8 steps it would make 7.5
 
     def __post_init__(self) -> None:
         """Raise RecipeError for a group that bytes or torchao cannot hold."""
@@ -58,6 +59,10 @@ class Int4Dynamic(OneStepGrid):
     def scale_dtypes(self) -> dict[str, torch.dtype]:
         """The step `d`."""
         return {"d": self._dtype}
+
+    def stored(self, scales: Scales) -> dict[str, torch.Tensor]:
+        """XNNPACK takes positive steps alone: one that was learned beyond zero stays at the least there is."""
+        return {name: one.clamp(min=torch.finfo(one.dtype).tiny) for name, one in super().stored(scales).items()}
 
     def _search(self, blocks_NB: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """torchao's symmetric mapping: the largest magnitude is 7.5 steps, so that a positive one is cut to 7.

@@ -74,7 +74,10 @@ class LearnedPoints(Grid):
 
     def quantise(self, weights: torch.Tensor, scales: Scales | None = None) -> Quantised:
         """As every grid does, from percentiles of the tensor or of its buckets."""
-        return super().quantise(weights, self._percentiles(weights) if scales is None else scales)
+        found = super().quantise(weights, self._percentiles(weights) if scales is None else scales)
+        if self.of == "tensor":  # kept once: whoever trains on learns points of the tensor again
+            found.scales["p"] = found.scales["p"].reshape(-1, 2**self.bits)[0].clone()
+        return found
 
     def _on_grid(self, weights: torch.Tensor, scales: Scales | None, dtype: torch.dtype | None) -> torch.Tensor:
         return super()._on_grid(weights, self._percentiles(weights) if scales is None else scales, dtype)

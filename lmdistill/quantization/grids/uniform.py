@@ -15,6 +15,8 @@ from lmdistill.quantization.grid import Grid, Scales
 from lmdistill.quantization.packing import bit_string, from_bit_string, raw, unraw
 from lmdistill.quantization.registry import grid
 
+LIES = 1e-4  # of a step
+
 
 @grid("uniform")
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class Uniform(Grid):
         alpha_N1, beta_N1 = scales["alpha"].unsqueeze(1), scales["beta"].unsqueeze(1)
         steps_NB = torch.where(alpha_N1 == 0, 0.0, (blocks_NB - beta_N1) / alpha_N1).mul_(self._top)
         if self.stochastic:
-            steps_NB = steps_NB.add_(torch.rand_like(steps_NB)).floor_()
+            nearest_NB = steps_NB.round()
+            lies_NB = (steps_NB - nearest_NB).abs() <= LIES  # a point stays one: its quotient is rounded, too
+            steps_NB = torch.where(lies_NB, nearest_NB, steps_NB.add_(torch.rand_like(steps_NB)).floor_())
         return steps_NB.round_().clamp_(0, self._top)
 
     def points(self, codes_NB: torch.Tensor, scales: Scales) -> torch.Tensor:
