@@ -193,7 +193,8 @@ def _missing_inputs(steps: Sequence[Step]) -> list[LmdistillError]:
     left_out = {step.name for step in steps if step.state == "left out"}
     return [
         PreflightError(
-            f"stage '{step.name}' needs the result of '{name}', which is not there and is left out of this run",
+            f"stage '{step.name}' needs the result of '{name}', which is not there (or was made"
+            " from other bytes than its inputs have now) and is left out of this run",
             fix=f"run it first, for instance with --until {name}",
         )
         for step in steps

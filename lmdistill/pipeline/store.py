@@ -122,8 +122,10 @@ class Store:
         (partial / LOCK).unlink(missing_ok=True)
         fsync(partial)
         final = self.root / f"{number:02d}-{name}-{short}"
+        own = read_key(partial)
         for stale in self.root.glob(f"[0-9]*-{short}"):  # of the same key, made from other bytes of its inputs
-            shutil.rmtree(stale)
+            if read_key(stale).get("fingerprint") == own["fingerprint"]:
+                shutil.rmtree(stale)
         partial.rename(final)
         fsync(self.root)
         return final

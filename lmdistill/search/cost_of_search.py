@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from lmdistill.pipeline.stage import PreflightContext
     from lmdistill.search.config import SearchConfig
 
-BASE_SECONDS, BASE_MEMORY = 40, 2_400_000_000
-COPIES = 10  # of the shared weights in memory at once, gradients, moments and files that are read among them
+BASE_SECONDS, BASE_MEMORY = 40, 1_500_000_000
+CUT, SHARED = 6, 12  # copies of the weights in memory at once; shared ones have gradients and moments, too
 OPENED_SECONDS = 1  # to write a timed file and to open it
 ALONE = 3  # times what a token of a prompt takes, where it is generated: all weights are read for it alone
 WEIGHTS, CHECKPOINT = 4, 12  # bytes a parameter: in a file; in a checkpoint, with Adam's moments
@@ -42,7 +42,7 @@ def of_search(ctx: PreflightContext[SearchConfig]) -> Estimate:
     return Estimate(
         BASE_SECONDS + _timing(config, middle) + operations / CPU_FLOPS,
         _disk(config, weights, largest, length),
-        int(WEIGHTS * weights * COPIES + BASE_MEMORY),
+        int(WEIGHTS * weights * (CUT if config.method == "prune" else SHARED) + BASE_MEMORY),
         f"{weights / 1e6:,.0f} M shared parameters; time on two CPU cores",
     )
 

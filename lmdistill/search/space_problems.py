@@ -63,14 +63,8 @@ def _unshippable(keys: SpaceConfig, teacher: dict[str, Any]) -> list[Problem]:
     """What a Llama-like teacher may have that no candidate has a place for, or that llama.cpp lacks for it."""
     from lmdistill.deployment.architectures import ARCHITECTURES
 
-    found: list[Problem] = []
     instead = "take another teacher, or a `student` stage of `architecture: llama`"
-    if teacher.get("attention_bias") or teacher.get("mlp_bias"):
-        found.append(("the teacher's projections have biases, a candidate's have none", instead))
-    heads = teacher["num_attention_heads"]
-    head = teacher.get("head_dim") or teacher["hidden_size"] // heads
-    if heads * head != teacher["hidden_size"]:
-        found.append((f"a candidate's heads fill its width; the teacher has {heads} × {head}", instead))
+    found = growth.no_place_problems(teacher, "a candidate", instead)
     name = "lfm2" if keys.hybrid else "llama"
     shipped = ARCHITECTURES[name](teacher)
     if (kind := shipped.rope["rope_type"]) not in shipped.rope_types:

@@ -46,12 +46,18 @@ def _exactness_problems(teacher: dict[str, Any]) -> list[Problem]:
     instead = "use `architecture: llama`, or `init: random`"
     if not teacher.get("tie_word_embeddings", False):
         found.append(("the teacher's head is not tied to its embeddings, an lfm2 student's is", instead))
+    return found + no_place_problems(teacher, "an lfm2 student", instead)
+
+
+def no_place_problems(teacher: dict[str, Any], student: str, instead: str) -> list[Problem]:
+    """What a Llama-like teacher may have that `student` has no place for: biases, heads that do not fill the width."""
+    found = []
     if teacher.get("attention_bias") or teacher.get("mlp_bias"):
-        found.append(("the teacher's projections have biases, an lfm2 student's have none", instead))
+        found.append((f"the teacher's projections have biases, {student}'s have none", instead))
     heads = teacher["num_attention_heads"]
     head = teacher.get("head_dim") or teacher["hidden_size"] // heads
     if heads * head != teacher["hidden_size"]:
-        found.append((f"lfm2 needs heads × head width = width; the teacher has {heads} × {head}", instead))
+        found.append((f"{student} needs heads × head width = width; the teacher has {heads} × {head}", instead))
     return found
 
 

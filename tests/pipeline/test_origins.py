@@ -64,6 +64,15 @@ def test_a_stale_result_outside_the_range_is_said_and_planned_for(write: Write) 
     assert texts()["learn"] == "hellofaster" and set(states(recipe).values()) == {"cached"}
 
 
+def test_what_needs_a_stale_result_that_is_left_out_is_told_why(write: Write) -> None:
+    recipe = write()
+    shutil.rmtree(go(recipe)["gather"].path)
+    go(recipe, OTHER, only="gather")
+    shutil.rmtree(next(RUN.glob("04-summary-*")))
+    with pytest.raises(LmdistillError, match="from other bytes than its inputs have now"):
+        go(recipe, OTHER, only="summary")
+
+
 def test_half_a_result_of_other_bytes_is_dropped(write: Write) -> None:
     recipe = write()
     with pytest.raises(LmdistillError, match="no such luck"):

@@ -146,6 +146,14 @@ def test_more_timing_is_estimated_to_take_longer(teacher: ModelRef, profile: Pat
     assert 0 < without < few < many
 
 
+def test_shared_weights_take_more_memory_than_cut_ones(teacher: ModelRef, profile: Path) -> None:
+    shared, cut = (
+        SearchStage().estimate(planned(teacher, profile, method=method)).memory_bytes
+        for method in ("supernet", "prune")
+    )
+    assert shared is not None and cut is not None and shared > cut
+
+
 def test_what_comes_after_a_search_is_estimated_for_the_largest_student(teacher: ModelRef, tmp_path: Path) -> None:
     config = SearchConfig.model_validate(KEYS)
     searched = Planned("search", "search", "student", "s" * 64, config)

@@ -50,11 +50,16 @@ def made(request: pytest.FixtureRequest, teacher: ModelRef, tmp_path_factory: py
     return source, net, space_of(SPACES[request.param])
 
 
+def drawn(made: Any, seed: int) -> tuple[Candidate, SuperNet]:
+    """Some candidate, and the super-network."""
+    _, net, sub = made
+    return sub.sample(random.Random(seed)), net
+
+
 @given(seed=st.integers(0, 2**32))
 @settings(deadline=None, max_examples=12)
 def test_an_extracted_model_computes_what_the_super_network_computes(made: Any, seed: int) -> None:
-    _, net, sub = made
-    candidate = sub.sample(random.Random(seed))
+    candidate, net = drawn(made, seed)
     with torch.no_grad():
         ours = net.run(candidate, input_ids=tokens()).logits
         model = net.extract(candidate)
@@ -92,13 +97,12 @@ def test_a_student_of_the_teachers_width_has_its_channels_and_heads_where_the_te
 @given(seed=st.integers(0, 2**32))
 @settings(deadline=None, max_examples=8)
 def test_units_that_are_put_back_compute_the_same(made: Any, seed: int) -> None:
-    source, net, sub = made
-    candidate = sub.sample(random.Random(seed))
+    candidate, net = drawn(made, seed)
     with torch.no_grad():
         before = net.extract(candidate)(tokens()).logits
         model = net.restored(net.extract(candidate), candidate)
         torch.testing.assert_close(model(tokens()).logits, before, rtol=1e-3, atol=1e-3)
-    theirs, ours = source.model.embed_tokens.weight, model.model.embed_tokens.weight
+    theirs, ours = made[0].model.embed_tokens.weight, model.model.embed_tokens.weight
     assert (candidate.hidden_size == net.full.hidden_size) == (theirs.shape == ours.shape and torch.equal(theirs, ours))
 
 
