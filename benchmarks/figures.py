@@ -92,11 +92,27 @@ def search_rows(result: dict[str, Any]) -> Iterator[Cells]:
             yield cells(what, searched.get(figure), hand_made[figure], sense, spec)
 
 
+def quantize_rows(result: dict[str, Any]) -> Iterator[Cells]:
+    """Whether files hold the trained weights, what training on a grid wins back, and what programs compute."""
+    for model, ways in result["by_model"].items():
+        for way in (way for way in ("Q4_0", "Q8_0", "8da4w") if way in ways):
+            yield cells(f"{model} on {way}: every tensor bit-equal when packed", ways[way]["bit_equal"], 1, "≥", ".0f")
+        if "Q4_0" in ways:
+            yield cells(f"{model} on Q4_0: KL won back of the best PTQ", ways["Q4_0"]["recovered"], 0.8, "≥", ".3f")
+        if "executorch" in ways:
+            one = ways["executorch"]
+            yield cells(f"{model} as pte_f32: farthest logit from transformers'", one["fp32_max_abs"], 1e-4, "≤", ".1e")
+            least = min(one["delegated"].values())
+            yield cells(f"{model} as .pte: compute in XNNPACK, least share", least, 0.95, "≥", ".3f")
+            yield cells(f"{model} as .pte: codes and scales read back", one["bit_equal"], 1, "≥", ".0f")
+
+
 ROWS: dict[str, Callable[[dict[str, Any]], Iterator[Cells]]] = {
     "loss": loss_rows,
     "signals": signals_rows,
     "robustness": robustness_rows,
     "search": search_rows,
+    "quantize": quantize_rows,
     "train": train_rows,
 }
 

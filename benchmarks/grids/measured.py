@@ -1,5 +1,7 @@
 """A model on its grids, measured as what ships: as a packed file in llama.cpp where there is one, else in transformers.
 
+Weights on 8da4w are read back by torchao, whose operators a `.pte` computes with.
+
 `python benchmarks/quantize.py` puts these figures beside those of files that llama.cpp quantised.
 """
 
@@ -47,7 +49,18 @@ def _off_grid(tensors: dict[str, Any], placement: Placement) -> list[str]:
 
     found = []
     for name, grid in placement.on_grids().items():
-        packed = grid.pack(grid.quantise(tensors[name], placement.scales[name]))
-        if not torch.equal(grid.dequantise(grid.unpack(packed)), tensors[name]):
+        unpacked = grid.unpack(grid.pack(grid.quantise(tensors[name], placement.scales[name])))
+        read = _by_torchao(unpacked) if grid.name == "8da4w" else grid.dequantise(unpacked)
+        if not torch.equal(read, tensors[name]):
             found.append(name)
     return found
+
+
+def _by_torchao(quantised: Any) -> Any:
+    """The float32 weights that torchao makes of codes and scales."""
+    import torch
+    from torchao.quantization.quant_primitives import dequantize_affine
+
+    codes, scales = quantised.codes, quantised.scales["d"].float()
+    group, zeros = codes.shape[1] // scales.shape[1], torch.zeros(scales.shape, dtype=torch.int8)
+    return dequantize_affine(codes, (1, group), scales, zeros, torch.int8, -8, 7)

@@ -43,3 +43,11 @@ def test_a_searched_student_is_held_against_the_hand_made_one() -> None:
     assert len(list(figures.search_rows({**result, "searched": None, "hand_made": None}))) == 3
     pieces = {"ranked": {"ratio": 0.9}, "fresh": {"searched": {"nll": 4.2}, "hand_made": {"nll": 4.3}}}
     assert [row[-1] for row in figures.search_rows({**result, "measured": pieces})][3:5] == ["no", "yes"]
+
+
+def test_grids_have_rows_of_what_was_measured_alone() -> None:
+    way = {"bit_equal": True, "recovered": 0.81}
+    programs = {"fp32_max_abs": 2e-4, "delegated": {"pte_f32": 1.0, "pte_8da4w_all": 0.94}, "bit_equal": True}
+    result = {"by_model": {"student": {"Q4_0": way}, "smollm": {"8da4w": {"bit_equal": False}, "executorch": programs}}}
+    reached = [row[-1] for row in figures.quantize_rows(result)]
+    assert reached == ["yes", "yes", "no", "no", "no", "yes"]

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import quantize
+import torch
 from grids import executorch, ways
+from grids.measured import _off_grid
 
 from lmdistill.corpus.config import CorpusConfig, Source
 from lmdistill.evaluation.speed import SpeedPlan
 from lmdistill.pipeline.stage import ModelRef, Runtime, StageContext
+from lmdistill.quantization.placement import place
 from lmdistill.stages import load_stage
 
 TEXT = "the {0} cat number {0} sat on the {1} mat and said {2} to the {1} dog; it is late, said the dog.\n\n"
@@ -131,6 +134,17 @@ def test_what_was_measured_of_other_ways_stays_in_the_file(
     monkeypatch.setattr(quantize, "_one", lambda *_: {"recovered": 0.5, "kl_qad": {}})
     result = run()
     assert result["executorch"] == {"fp32_max_abs": 1.0} and result["Q4_0"]["recovered"] == 0.5
+
+
+@pytest.mark.parametrize("grid", ["8da4w", "q4_0"])
+def test_weights_off_their_grid_are_named(grid: str) -> None:
+    if grid == "8da4w":
+        pytest.importorskip("torchao", reason="torchao reads 8da4w: pip install 'lmdistill[executorch]'")
+    weights = {name: torch.randn(4, 64, generator=torch.Generator().manual_seed(3)) for name in ("a", "b")}
+    points, placement = place(weights, dict.fromkeys(weights, grid))
+    assert _off_grid(points, placement) == []
+    points["b"][1, 2] += 1e-6
+    assert _off_grid(points, placement) == ["b"]
 
 
 @pytest.mark.skipif("LMDISTILL_SLOW" not in os.environ, reason="two minutes of lowering: make test-slow")
