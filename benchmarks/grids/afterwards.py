@@ -13,7 +13,7 @@ from typing import Any
 
 from grids.measured import measured
 from grids.parent import Figures, Parent, Piece
-from grids.ways import IMATRIX_TOKENS, Way
+from grids.ways import COMPENSATING, IMATRIX_TOKENS, Way
 from lmdistill.checkpoints import load_model, save_model
 from lmdistill.deployment.formats import FORMATS
 from lmdistill.deployment.gguf_writer import write_gguf
@@ -47,7 +47,8 @@ def untrained(parent: Parent, way: Way) -> dict[str, Piece]:
             for name, keys in way.untrained.items()
         }
     start = partial(_start, parent, way)
-    return made | {"start": Piece(f"{way.name}/start", start, scoring + measuring)}
+    compensating = COMPENSATING * parent.weights if way.keys.get("start") == "compensated" else 0
+    return made | {"start": Piece(f"{way.name}/start", start, scoring + measuring + compensating)}
 
 
 def _file(parent: Parent, way: Way, imatrix: bool) -> Figures:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from grids.text import captured
-from grids.ways import CACHE, FLOPS, IMATRIX_TOKENS, Way
+from grids.ways import CACHE, CAPTURING, FLOPS, IMATRIX_TOKENS, Way
 from lmdistill.corpus.format import CorpusReader
 from lmdistill.evaluation.heldout import HeldOut, read_heldout
 from lmdistill.evaluation.references import Reference, ReferenceWriter
@@ -174,7 +174,7 @@ class Parent:
 
         return {
             "parent": self.alone,
-            "capture": Piece(f"capture-{way.row_tokens}", capture, self.forward_seconds(text)),
+            "capture": Piece(f"capture-{way.row_tokens}", capture, CAPTURING * self.forward_seconds(text)),
         }
 
     @property

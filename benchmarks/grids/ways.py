@@ -14,6 +14,8 @@ IMATRIX_TOKENS = START_TOKENS = 8_192  # that inputs are measured on, for import
 WARMUP_STEPS, DECAY, CALM_STEPS = 5, 0.2, 10  # a training: up, level, and down in its last fifth; a line of the log
 FLOPS = 1.2e11  # of two cores with AVX2, in float32: 60.5e9 each, measured on SmolLM2's shapes
 PASSES, LEARNED_PASSES = 3e-9, 9e-9  # seconds a weight and step: onto the grid, AdamW; and back to its scales
+CAPTURING = 1.8  # times a bare forward pass: the likeliest tokens and the cache's bytes besides
+COMPENSATING = 7e-7  # seconds a weight, to round weights so that later ones make good
 CACHE: dict[str, Any] = {"k": 1024, "precision": "float32"}  # what the parent says of that text, once for all ways
 TRAINING: dict[str, Any] = {
     "loss": "decoupled_topk",
