@@ -32,7 +32,7 @@ class Running:
             assert time.monotonic() < deadline, "no shard was ever finished"
             time.sleep(0.005)
         self.children = psutil.Process(self.process.pid).children(recursive=True)
-        self.working = [child for child in self.children if child.name().startswith(("raylet", "gcs", "ray::ShardWork"))]
+        self.working = [child for child in self.children if child.name().startswith(("raylet", "gcs", "ray::Shard"))]
 
     def records(self) -> list[Path]:
         return list(self.run_dir.glob(".partial-teach-*/out/*-*.json"))
