@@ -70,6 +70,7 @@ def test_stopped_killed_and_bereft_of_a_worker_it_ends_with_the_same_bytes(tmp_p
     running = Running(on_ray, run_dir)
     assert running.end(signal.SIGKILL, running.process)[0] == -signal.SIGKILL
     killed = running.children
+    assert len(running.working) >= 4, killed  # Ray's two servers and two workers
     assert not psutil.wait_procs(running.working, timeout=20)[1]
 
     running = Running(on_ray, run_dir)
