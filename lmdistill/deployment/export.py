@@ -103,12 +103,24 @@ class Export:
 
     @cached_property
     def importance(self) -> Importance:
-        """Of the inputs of all layers, on the first tokens of the training split."""
+        """Of the inputs of all layers, on the text for it."""
+        return importance_of(self.model.path, self.imatrix_text(), self.threads)
+
+    def imatrix_text(self) -> list[list[int]]:
+        """The first tokens of the training split, that inputs are measured on."""
         assert self.corpus is not None and self.imatrix_tokens is not None  # the stage asks for both
         split = self.corpus.split(TRAIN)
         rows = zip(split.tokens_RT, split.flags_RT, strict=True)
         text = ([int(token) for token in tokens[flags & PAD == 0]] for tokens, flags in rows)
-        return importance_of(self.model.path, _first(text, self.imatrix_tokens), self.threads)
+        return _first(text, self.imatrix_tokens)
+
+    def weighs(self, format_: Format) -> bool:
+        """Whether a file's scales are to fit the inputs of its layers."""
+        return bool(self.imatrix_tokens) and format_.quantized and self.placement is None
+
+    def imatrix_note(self, format_: Format) -> dict[str, Any]:
+        """What deployment.json says of that."""
+        return {"note": f"imatrix of {self.imatrix_tokens:,} tokens"} if self.weighs(format_) else {}
 
     def ensure(self, path: Path, progress: Progress, make: Callable[[Path], object]) -> None:
         """Have `path` whole: keep it where its recorded sha256 still holds, else make it."""

@@ -64,3 +64,25 @@ def sequences(smollm_tokenizer_folder: Path) -> list[list[int]]:
     text = "In 1984 the quick brown fox, aged 7, jumped over 12 lazy dogs — naïve, isn't it? 你好!\n" * 12
     ids = load_tokenizer(smollm_tokenizer_folder).encode(text)
     return [ids[:150], ids[40:100]]
+
+
+@pytest.fixture
+def corpus(smollm_tokenizer_folder: Path, sequences: list[list[int]], tmp_path: Path) -> Any:
+    """A finished corpus of two rows of 64 real tokens, for training as for measuring."""
+    import numpy as np
+
+    from lmdistill.checkpoints import copy_tokenizer
+    from lmdistill.corpus.format import LOSS, TOKENIZER_FOLDER, CorpusMeta, SplitMeta, tokens_digest
+    from lmdistill.pipeline.stage import Artefact
+
+    folder = tmp_path / "corpus" / "out"
+    copy_tokenizer(smollm_tokenizer_folder, folder / TOKENIZER_FOLDER)
+    tokens_RT = np.array(sequences[0][:128], np.uint16).reshape(2, 64)
+    flags_RT = np.full(tokens_RT.shape, LOSS, np.uint8)
+    splits = {}
+    for name in ("train", "valid"):
+        for kind, array in (("tokens", tokens_RT), ("flags", flags_RT), ("bytes", np.full(2, 200, np.uint32))):
+            np.save(folder / f"{name}.{kind}.npy", array)
+        splits[name] = SplitMeta(2, 2, 128, 128, 400, tokens_digest(tokens_RT, flags_RT))
+    (folder / "corpus.json").write_text(CorpusMeta(64, "concat", 49152, "t", None, None, 0, splits).to_json())
+    return Artefact("corpus", "corpus", "corpus", "f" * 64, tmp_path / "corpus")

@@ -12,8 +12,6 @@ import torch
 from grid_models import on_grid
 from safetensors.torch import load_file, save_file
 
-from lmdistill.checkpoints import copy_tokenizer
-from lmdistill.corpus.format import LOSS, TOKENIZER_FOLDER, CorpusMeta, SplitMeta, tokens_digest
 from lmdistill.deployment.architectures import architecture_of
 from lmdistill.deployment.formats import FORMATS
 from lmdistill.deployment.gguf_header import read_tensors
@@ -90,21 +88,6 @@ def test_a_grid_that_no_gguf_holds_is_refused_before_anything_runs(tmp_path: Pat
 def test_an_importance_matrix_needs_text(tmp_path: Path) -> None:
     [problem] = _refusals(_planned(None, DistillConfig()), tmp_path, imatrix_tokens=64)
     assert "`imatrix_tokens` needs a corpus" in problem
-
-
-@pytest.fixture
-def corpus(smollm_tokenizer_folder: Path, sequences: list[list[int]], tmp_path: Path) -> Artefact:
-    folder = tmp_path / "corpus" / "out"
-    copy_tokenizer(smollm_tokenizer_folder, folder / TOKENIZER_FOLDER)
-    tokens_RT = np.array(sequences[0][:128], np.uint16).reshape(2, 64)
-    flags_RT = np.full(tokens_RT.shape, LOSS, np.uint8)
-    splits = {}
-    for name in ("train", "valid"):
-        for kind, array in (("tokens", tokens_RT), ("flags", flags_RT), ("bytes", np.full(2, 200, np.uint32))):
-            np.save(folder / f"{name}.{kind}.npy", array)
-        splits[name] = SplitMeta(2, 2, 128, 128, 400, tokens_digest(tokens_RT, flags_RT))
-    (folder / "corpus.json").write_text(CorpusMeta(64, "concat", 49152, "t", None, None, 0, splits).to_json())
-    return Artefact("corpus", "corpus", "corpus", "f" * 64, tmp_path / "corpus")
 
 
 def test_the_importance_matrix_is_the_mean_square_of_what_reaches_a_layer(toy: Any, sequences: list[list[int]]) -> None:

@@ -28,11 +28,11 @@ PLAIN, WEIGHED = _export("files", PARENT, "f16", "q4_0"), _export("weighed", PAR
 @pytest.mark.parametrize(
     ("beside", "lacking"),
     [
-        ((), ["by llama.cpp is not", "with an importance matrix is not"]),
-        ((PLAIN,), ["with an importance matrix is not"]),
-        ((WEIGHED,), ["by llama.cpp is not"]),
+        ((), ["q4_0 is not", "q4_0 with an importance matrix is not"]),
+        ((PLAIN,), ["q4_0 with an importance matrix is not"]),
+        ((WEIGHED,), ["q4_0 is not"]),
         ((PLAIN, WEIGHED), []),
-        ((_export("files", PARENT, "q8_0"), WEIGHED), ["by llama.cpp is not"]),
+        ((_export("files", PARENT, "q8_0"), WEIGHED), ["q4_0 is not"]),
     ],
 )
 def test_the_parents_quantisations_of_the_same_type_must_be_evaluated(
@@ -40,6 +40,18 @@ def test_the_parents_quantisations_of_the_same_type_must_be_evaluated(
 ) -> None:
     found = [str(one) for one in missing_ptq("evaluate", [_export("qad_files", _trained("q4_0"), "q4_0"), *beside])]
     assert len(found) == len(lacking) and all(text in one for text, one in zip(lacking, found, strict=True))
+
+
+def test_programs_need_the_same_of_their_own_format() -> None:
+    keys = DistillConfig.model_validate({"quantize": {"grid": "8da4w", "embeddings": "8da4w"}})
+    trained = Planned("qad", "distill", "model", "q" * 64, keys, {"student": [PARENT]})
+    export, plain = _export("qad_files", trained, "pte_8da4w_all"), _export("files", PARENT, "pte_8da4w_all")
+    weighed = _export("weighed", PARENT, "pte_8da4w_all", imatrix=64)
+    assert list(missing_ptq("evaluate", [export, plain, weighed])) == []
+    [problem] = map(str, missing_ptq("evaluate", [export, plain]))
+    assert "quantised to pte_8da4w_all with an importance matrix is not" in problem
+    other = _export("files", PARENT, "pte_8da4w")
+    assert len(list(missing_ptq("evaluate", [export, other, weighed]))) == 1
 
 
 def test_files_that_are_not_trained_on_their_grid_need_nothing_beside_them() -> None:
@@ -55,4 +67,4 @@ def test_a_model_trained_on_after_it_was_put_on_its_grid_has_the_same_parent() -
         trained = _export("later_files", model, "q4_0")
         assert list(missing_ptq("evaluate", [trained, PLAIN, WEIGHED])) == []
         [first, second] = [str(one) for one in missing_ptq("evaluate", [trained])]
-        assert "'distill' quantised to q4_0 by llama.cpp is not" in first and "importance matrix is not" in second
+        assert "'distill' quantised to q4_0 is not" in first and "importance matrix is not" in second

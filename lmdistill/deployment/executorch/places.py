@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lmdistill.quantization.placement import Placement
 
 GRID = "8da4w"
+EVERYTHING = "_all"  # at the end of a format's name: embeddings and head on the grid too
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 DEFAULT_CONTEXT = 2048  # caches are memory: 12 KB a position for 30 layers of 3 heads of 64
 _GROUP = 32  # XNNPACK's groups are multiples of it
@@ -35,7 +36,7 @@ def quantised_places(format_name: str, architecture: Architecture) -> dict[str, 
     """The type of each tensor in a quantised format; raises PreflightError for a width that the grid cannot hold."""
     from lmdistill.quantization.registry import get
 
-    everything, grid = format_name.endswith("_all"), get(GRID)
+    everything, grid = format_name.endswith(EVERYTHING), get(GRID)
     grids = {}
     for name, shape in architecture.tensors().items():
         on_grid = len(shape) == 2 and (everything or name not in ENDS)

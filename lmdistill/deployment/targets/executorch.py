@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -101,15 +102,22 @@ class ExecutorchTarget(Target):
 
     def _make(self, export: Export, format_: Format, target: Path) -> None:
         """Write one program, and beside it in the scratch folder what was found out on the way."""
+        from lmdistill.deployment.executorch.constants import verify_program
         from lmdistill.deployment.executorch.places import context_of
         from lmdistill.deployment.executorch.program import ProgramSizes, write_program
+        from lmdistill.deployment.executorch.weighed import save_weighed
         from lmdistill.deployment.gguf_writer import read_config
         from lmdistill.pipeline.files import write_json
 
-        sizes = ProgramSizes(context_of(read_config(export.model.path), export.context))
-        share = write_program(
-            export.model.path, target, self._placement(export, format_), sizes, min_delegated=export.min_delegated
-        )
+        folder, placement = export.model.path, self._placement(export, format_)
+        weighed = export.work / f"{format_.name}-weighed"
+        if export.weighs(format_):
+            placement, folder = save_weighed(folder, weighed, format_.name, export.imatrix_text()), weighed
+        sizes = ProgramSizes(context_of(read_config(folder), export.context))
+        share = write_program(folder, target, placement, sizes, min_delegated=export.min_delegated)
+        if folder == weighed:
+            verify_program(target, weighed, placement)
+            shutil.rmtree(weighed)
         write_json(self._record(export, format_), {"delegated": round(share, 4), "context": sizes.context})
 
     def _record(self, export: Export, format_: Format) -> Path:
@@ -137,10 +145,12 @@ class ExecutorchTarget(Target):
         from lmdistill.deployment.executorch.places import weight_figures
         from lmdistill.deployment.gguf_writer import read_config
 
-        checked = self.verify_weights(export.file(format_), export.model.path, format_)
         placement = self._placement(export, format_)
         figures = weight_figures(placement, read_config(export.model.path), quantised=format_.quantized)
         made: dict[str, Any] = json.loads(self._record(export, format_).read_text("utf-8"))
+        if export.weighs(format_):
+            return figures | made | export.imatrix_note(format_)  # its points were compared when it was written
+        checked = self.verify_weights(export.file(format_), export.model.path, format_)
         if format_.quantized and export.placement is None:
             return figures | made  # put on the grid here: no trained weights to equal
         return figures | made | ({"note": "trained on its grid"} if format_.quantized else {}) | {"bit_equal": checked}

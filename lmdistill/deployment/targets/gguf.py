@@ -93,7 +93,7 @@ class GgufTarget(Target):
         if placement is not None:
             write_packed_gguf(folder, target, placement, format_.name, **names)
         elif format_.ftype:
-            importance = export.importance if export.imatrix_tokens and format_.quantized else None
+            importance = export.importance if export.weighs(format_) else None
             quantize(base, target, format_, threads=export.threads, importance=importance)
         else:
             precision: Precision = "f32" if format_.name == "f32" else "f16"
@@ -132,9 +132,7 @@ class GgufTarget(Target):
         if self._packed(export, format_) is not None:
             checked = self.verify_weights(export.file(format_), export.model.path, format_)
             return {"note": "trained on its grid", "bit_equal": checked}
-        if export.imatrix_tokens and format_.quantized:
-            return {"note": f"imatrix of {export.imatrix_tokens:,} tokens"}
-        return {}
+        return export.imatrix_note(format_)
 
     def prove_tokenizer(self, export: Export, formats: Sequence[Format]) -> dict[str, Any]:
         """On the file that all others have their vocabulary from."""
