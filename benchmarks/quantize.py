@@ -152,6 +152,14 @@ def _measure(parents: Sequence[Parent], arguments: argparse.Namespace, result: F
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def _kept(before: Figures, parents: Sequence[Parent]) -> Figures:
+    """What the file has of these very parents, whose digests go with their figures, and of models not asked for."""
+    digests = before.get("parents", {}) | {parent.name: parent.digest for parent in parents}
+    same = {name for name, digest in digests.items() if before.get("parents", {}).get(name) == digest}
+    ways = {name: ways for name, ways in before.get("by_model", {}).items() if name in same}
+    return {"parents": digests, "by_model": ways, **ways.get("student", {})}
+
+
 def main() -> None:
     """Measure; what does not fit together is one message."""
     try:
@@ -168,13 +176,13 @@ def _run() -> None:
         "command": f"python benchmarks/quantize.py {' '.join(sys.argv[1:])}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
-        "by_model": before.get("by_model", {}),
     }
     complete = True
     with contextlib.redirect_stdout(sys.stderr):  # where trainers print; what is printed below stands alone
         parents = _parents(arguments, Deadline(arguments.minutes))
         plan = _plan(parents, arguments)
         print(plan)
+        result |= _kept(before, parents)
         try:
             if not arguments.plan:
                 _measure(parents, arguments, result)

@@ -6,9 +6,12 @@ chat_template.jinja. Remote code never runs and nothing is fetched: assets.py br
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
+
+from lmdistill.errors import PreflightError
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -51,6 +54,17 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def refuse_packed(folder: Path, fix: str) -> None:
+    """Raise PreflightError where the weights in a model folder are another program's packed integers."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    if "quantization_config" in config:
+        raise PreflightError(
+            f"the checkpoint {folder} is converted: its weights are packed integers",
+            why=f"its config.json has quantization_config ({config['quantization_config'].get('quant_method', '?')})",
+            fix=fix,
+        )
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lmdistill.quantization.keys import QuantizeKeys
@@ -25,6 +25,7 @@ TRAINING: dict[str, Any] = {
     "decay": DECAY,
     "freeze": ["model.embed_tokens.*"],
 }
+POINTS_ALONE = TRAINING | {"freeze": ["*.weight"]}
 SHIPPED: dict[str, Any] = {"start": "compensated", "start_tokens": START_TOKENS, "scales": "learned"}
 
 
@@ -82,6 +83,7 @@ def _shipped(name: str, preset: str, **step: int) -> Way:
 
 
 def _narrow(name: str, grid: str, bits: int, **keys: Any) -> Way:
+    """Polino's algorithm 1, where points are learned together with his algorithm 2."""
     return Way(name, grid, {"grid": grid, "bits": bits, "bucket": 256, **keys})
 
 
@@ -96,6 +98,8 @@ WAYS = {
         _narrow("uniform_3bit", "uniform", 3),
         _narrow("learned_points_2bit", "points", 2, scales="learned"),
         _narrow("learned_points_3bit", "points", 3, scales="learned"),
+        # algorithm 2 by itself: weights as they are, points alone move
+        replace(_narrow("points_alone_2bit", "points", 2, scales="learned", scale_lr=1e-2), training=POINTS_ALONE),
         _narrow("shared_points_3bit", "points", 3, scales="learned", share_bits="logarithmic"),
     )
 }

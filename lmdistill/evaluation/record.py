@@ -68,6 +68,7 @@ def cache_figures(signals: Artefact | None) -> dict[str, Any] | None:
         "head_mass": first.get("head_mass"),
         "teacher_nll": first.get("teacher_nll"),
         "statistics": statistics,
+        "proof": signals.metrics.get("parity"),
         "folder": signals.path.name,
     }
 

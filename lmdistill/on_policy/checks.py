@@ -48,6 +48,22 @@ def _sampler(ctx: Context) -> None:
     samplers.choose(ctx.config.sampler, ctx.runtime.resolve_device())
 
 
+def _grids(ctx: Context) -> None:
+    """A student of packed integers cannot learn; vLLM would be sent weights that are not the points trained at."""
+    from lmdistill.checkpoints import refuse_packed
+    from lmdistill.quantization.planned import lies_on
+
+    for student in ctx.inputs.get("student", ()):
+        if student.artefact is not None:
+            refuse_packed(student.artefact.model().path, fix="give the checkpoint in full precision")
+        if ctx.config.sampler == "vllm" and (grid := lies_on(student)) is not None:
+            raise PreflightError(
+                f"stage '{ctx.name}': its student lies on '{grid}', and vLLM would sample from another model",
+                why="it is sent the weights that the gradient goes to, not the points that the student is trained at",
+                fix="set `sampler: transformers`",
+            )
+
+
 def _lengths(ctx: Context) -> None:
     from lmdistill.corpus.build import model_maximum
 
@@ -111,4 +127,4 @@ def _records(ctx: Context) -> None:
         )
 
 
-CHECKS: tuple[Callable[[Context], None], ...] = (_loss, _sampler, _lengths, _corpus_rows, _tokens, _records)
+CHECKS: tuple[Callable[[Context], None], ...] = (_loss, _sampler, _grids, _lengths, _corpus_rows, _tokens, _records)

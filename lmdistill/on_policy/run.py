@@ -13,6 +13,7 @@ from lmdistill.on_policy.config import OnPolicyConfig
 from lmdistill.on_policy.prompts import Prompt, digest
 from lmdistill.pipeline.keys import semantic
 from lmdistill.pipeline.stage import ModelRef, Progress
+from lmdistill.quantization.placement import FOLDER
 from lmdistill.training.run import Place, argument_keys, bind, save_settled
 
 
@@ -93,7 +94,8 @@ def _trainer(
 def _arguments(config: OnPolicyConfig, place: Place) -> Any:
     from trl import DistillationConfig
 
-    chosen = samplers.SAMPLERS[samplers.choose(config.sampler, place.device)]
+    on_grid = (place.student / FOLDER).exists()
+    chosen = samplers.SAMPLERS[samplers.choose(config.sampler, place.device, on_grid)]
     micro, accumulated = place.ranks.share_of(config.batch_prompts, config.micro_prompts)
     keys = argument_keys(config, place, config.steps, micro, accumulated)
     return DistillationConfig(

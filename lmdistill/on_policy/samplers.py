@@ -71,10 +71,14 @@ def tools_of(name: str) -> tuple[str, ...]:
     return tuple(sorted({tool for one in chosen for tool in one.tools}))
 
 
-def choose(name: str, device: str) -> str:
-    """The sampler that `name` means on this device; PreflightError where there is none such, or it cannot run here."""
+def choose(name: str, device: str, on_grid: bool = False) -> str:
+    """The sampler that `name` means on this device; PreflightError where there is none such, or it cannot run here.
+
+    A student on a grid is sampled where it is trained: others are sent its weights, which are not its points.
+    """
     if name == AUTO:
-        return next((one for one in ("vllm",) if not _missing(one) and device != "cpu"), "transformers")
+        usable = device != "cpu" and not on_grid
+        return next((one for one in ("vllm",) if usable and not _missing(one)), "transformers")
     if name not in SAMPLERS:
         raise PreflightError(
             f"no sampler is called '{name}'{nearest(name, (AUTO, *SAMPLERS))}",

@@ -23,9 +23,21 @@ def fitted_scales(
 
     The reference's scales times factors of either sign are tried block by block, K-quants' by their block's scale.
     """
-    blocks_NB = weights.detach().reshape(-1, grid.block).float()
+    blocks_NB = weights.detach().reshape(-1, grid.block)
     weight_NB = _spread(importance_D, weights, grid.block)
     start = grid.by_block(grid.quantise(weights).scales)
+    parts = []
+    for rows in grid.chunks(weights):
+        own = {name: scale[rows] for name, scale in start.items()}
+        parts.append(_best(grid, blocks_NB[rows].float(), own, None if weight_NB is None else weight_NB[rows]))
+    best = {name: torch.cat([part[name] for part in parts]) for name in start}
+    return grid.by_row(grid.stored(best), weights.shape)
+
+
+def _best(
+    grid: Grid, blocks_NB: torch.Tensor, start: Scales, weight_NB: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The scales of some blocks, from those that the reference has for them."""
     floats = [name for name, scale in start.items() if scale.is_floating_point()]
     best = {name: scale.clone() for name, scale in start.items()}
     best_N = _error(grid, blocks_NB, best, weight_NB)
@@ -37,7 +49,7 @@ def fitted_scales(
         best_N = torch.where(better_N, error_N, best_N)
         for name in floats:
             best[name] = torch.where(better_N, tried[name], best[name])
-    return grid.by_row(grid.stored(best), weights.shape)
+    return best
 
 
 def _spread(importance_D: torch.Tensor | None, weights: torch.Tensor, block: int) -> torch.Tensor | None:

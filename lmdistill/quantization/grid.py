@@ -66,6 +66,10 @@ class Grid(ABC):
         """Whether the same weights get the same points in every call."""
         return True
 
+    def settled(self) -> Grid:
+        """The same points, chosen without drawing: where a training's weights come to lie for good."""
+        return self
+
     @property
     def bits_per_weight(self) -> float:
         """In a file, scales included."""

@@ -54,7 +54,9 @@ class QuantizeKeys(BaseModel):
         default=16_384, description="tokens of training text that inputs are measured on, for the last two"
     )
     scales: Literal["follow", "fixed", "learned"] = Field(
-        default="follow", description="of blocks, in training: found anew in every step, kept from the start, trained"
+        default="follow",
+        description="of blocks, in training: found anew in every step (K-quants' take too long and are kept), kept "
+        "from the start, trained",
     )
     scale_lr: Annotated[float, Field(gt=0)] = Field(
         default=1e-3, description="`scales: learned`: their peak step, relative to their root mean square"

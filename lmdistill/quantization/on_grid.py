@@ -44,7 +44,7 @@ class Seen:
     owner: torch.nn.Module  # has the scales
     names: tuple[str, ...] = ()  # of scales that do not follow the weights
     on: bool = True
-    _kept: dict[Any, torch.Tensor] = field(default_factory=dict)  # of weights that are not trained, at their version
+    _kept: dict[Any, torch.Tensor] = field(default_factory=dict)  # where no gradient is wanted, at the weights' version
 
     def scales(self) -> dict[str, torch.Tensor]:
         """Those that do not follow the weights; none where they do."""
@@ -64,15 +64,30 @@ class Seen:
         scales = self.scales()
         if rows is not None:
             scales = {name: scale if scale.ndim == 1 else scale[rows] for name, scale in scales.items()}
-        learned = {name: scale for name, scale in scales.items() if scale.requires_grad}
+        trained = torch.is_grad_enabled() and any(one.requires_grad for one in (weights, *scales.values()))
+        if trained:
+            self._kept.clear()
+        elif rows is None and self.grid.repeats:
+            return self._found_once(weights, scales, dtype)
+        learned = {name: scale for name, scale in scales.items() if trained and scale.requires_grad}
         if learned:
             fixed = {name: scale for name, scale in scales.items() if name not in learned}
             return learned_points(self.grid, weights, learned, fixed, dtype)
-        if rows is not None or weights.requires_grad or not self.grid.repeats:
+        return self.grid.fake_quantise(weights, scales or None, dtype)
+
+    def _found_once(
+        self, weights: torch.Tensor, scales: dict[str, torch.Tensor], dtype: torch.dtype | None
+    ) -> torch.Tensor:
+        """The points of a whole tensor, from the last call where neither it nor its scales have changed since.
+
+        Sampling calls once a token. Tensors of inference mode count no versions, and must not meet a gradient later.
+        """
+        if torch.is_inference_mode_enabled() and any(one.is_inference() for one in (weights, *scales.values())):
             return self.grid.fake_quantise(weights, scales or None, dtype)
         key = (dtype, weights.data_ptr(), *(one._version for one in (weights, *scales.values())))
         if key not in self._kept:
-            self._kept = {key: self.grid.fake_quantise(weights, scales or None, dtype)}
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = {key: self.grid.fake_quantise(weights, scales or None, dtype)}
         return self._kept[key]
 
 
@@ -208,7 +223,7 @@ class OnGrids:
         with torch.no_grad():
             for name, seen in self._seen.items():
                 given = seen.grid.stored({key: one.detach() for key, one in seen.scales().items()}) or None
-                quantised = seen.grid.quantise(parameters[name], given)
+                quantised = seen.grid.settled().quantise(parameters[name], given)
                 parameters[name].copy_(seen.grid.dequantise(quantised))
                 scales[name] = {key: one.cpu() for key, one in quantised.scales.items()}
             for name, kind in self.plan.placement.grids.items():

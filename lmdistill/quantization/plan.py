@@ -57,6 +57,11 @@ def grids_of_preset(name: str, architecture: Architecture) -> dict[str, str]:
     return {source: found.get(gguf, "f32") for source, gguf in names.items()}
 
 
+def is_block_type(kind: str) -> bool:
+    """Whether a grid is one of a GGUF file's types."""
+    return kind in _BLOCKS
+
+
 def fitting(kind: str, width: int) -> str:
     """`kind`, or what llama.cpp takes instead of it for rows of `width` weights."""
     if width % _BLOCKS[kind]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 
 from lmdistill.pipeline.stage import Planned
+from lmdistill.quantization.keys import QuantizeKeys
 from lmdistill.quantization.placement import FOLDER
 
 
@@ -20,6 +21,13 @@ def lies_on(model: Planned) -> str | None:
     if model.kind != "model":
         return None
     return next((lies_on(up) for up in trained_from(model)), None)
+
+
+def put_there_by(model: Planned) -> QuantizeKeys | None:
+    """The keys of the stage that put a planned model on its grid, however often it was trained since; None for none."""
+    earlier = next((found for up in trained_from(model) if (found := put_there_by(up))), None)
+    keys: QuantizeKeys | None = getattr(model.config, "quantize", None)
+    return earlier or keys
 
 
 def trained_from(model: Planned) -> Iterator[Planned]:

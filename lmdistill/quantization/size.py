@@ -55,6 +55,11 @@ def shared_bits(
     if not _LEAST <= mean <= _MOST:
         raise PreflightError(f"{mean} bits a weight cannot be shared out", fix="choose 1 to 8")
     total = sum(weights.values())
+    if not any(norms.values()):
+        raise PreflightError(
+            "bits cannot be shared out: no tensor on the grid has a gradient on this text",
+            fix="drop `quantize.share_bits`, or give text that the student does not know by heart",
+        )
     floor = min(norm for norm in norms.values() if norm > 0)
     if way == "linear":
         average = sum(norms[name] * weights[name] for name in norms) / total

@@ -49,16 +49,20 @@ class StaysOnGrids(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Have the weights lie on their points for good."""
-        if self.handle is not None:
-            self.placement, self.handle = self.handle.settle(), None
+        self._settle()
 
     def save(self, target: Path) -> None:
-        """Write the trained model, where it lies, and the tokenizer of its folder to `target`."""
+        """Write the model, at its points for good, where it lies, and the tokenizer of its folder to `target`."""
         from lmdistill.checkpoints import save_model
 
+        self._settle()
         save_model(self.model, target, tokenizer_from=self.folder)
         if self.placement is not None:
             self.placement.save(target)
+
+    def _settle(self) -> None:
+        if self.handle is not None:
+            self.placement, self.handle = self.handle.settle(), None
 
 
 def _past_the_head(args: Any) -> bool:

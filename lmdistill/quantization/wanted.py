@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lmdistill.errors import PreflightError, RecipeError, nearest
 from lmdistill.quantization.keys import QuantizeKeys
 from lmdistill.quantization.placement import Placement
-from lmdistill.quantization.plan import FLOATS, PRESETS, grids_of_preset, tied_conflict
+from lmdistill.quantization.plan import FLOATS, PRESETS, grids_of_preset, is_block_type, tied_conflict
 
 if TYPE_CHECKING:
     from lmdistill.deployment.architectures import Architecture
@@ -81,6 +81,7 @@ def _with_ends(grids: dict[str, str], keys: QuantizeKeys, architecture: Architec
     for kind in named.values():
         if kind not in FLOATS:
             get(kind)
+    _check_family(keys)
     if conflict := tied_conflict({EMBEDDINGS: grids[EMBEDDINGS]} | named, architecture):
         raise PreflightError(
             f"a tied head with unequal grids: {conflict}",
@@ -88,6 +89,21 @@ def _with_ends(grids: dict[str, str], keys: QuantizeKeys, architecture: Architec
             fix="name one grid in `quantize.embeddings` and leave `quantize.head` out, or the same in both",
         )
     return grids | {name: kind for name, kind in named.items() if name in grids}
+
+
+def _check_family(keys: QuantizeKeys) -> None:
+    """Raise PreflightError for ends on a grid that no file holds beside the others; what never ships may be mixed."""
+    gguf = keys.grid in PRESETS
+    for key, kind in (("embeddings", keys.embeddings), ("head", keys.head)):
+        if kind is None or kind in FLOATS or keys.grid in ("uniform", "points"):
+            continue
+        if not (is_block_type(kind) if gguf else kind == keys.grid):
+            others = "one of llama.cpp's grids (q8_0, q6_k, …)" if gguf else f"'{keys.grid}'"
+            raise PreflightError(
+                f"`quantize.{key}: {kind}` lies in no file together with grid '{keys.grid}'",
+                why="a GGUF has llama.cpp's grids alone, a `.pte` has 8da4w alone",
+                fix=f"name {others}, or f16, f32",
+            )
 
 
 def _check_widths(placement: Placement, keys: QuantizeKeys, architecture: Architecture) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Any
@@ -63,7 +62,7 @@ class ExportStage(Stage[ExportConfig]):
     """Writes a checkpoint's files and proves every one."""
 
     name = "export"
-    version = 2
+    version = 1
     Config = ExportConfig
     inputs = (Input("model", ("model", "student")), Input("corpus", ("corpus",), optional=True))
     output = "deployment"
@@ -180,17 +179,17 @@ def _needs_text(ctx: PreflightContext[ExportConfig]) -> None:
 
 
 def _converted(ctx: PreflightContext[ExportConfig]) -> None:
-    """Raise PreflightError where the checkpoint holds another program's packed integers."""
+    """Raise PreflightError, with the stage's name, where the checkpoint holds another program's packed integers."""
+    from lmdistill.checkpoints import refuse_packed
+
     artefact = ctx.one("model").artefact
     if artefact is None:
         return
-    config = json.loads((artefact.model().path / "config.json").read_text("utf-8"))
-    if "quantization_config" in config:
-        raise PreflightError(
-            f"stage '{ctx.name}': the checkpoint {artefact.model().path} is converted: its weights are packed integers",
-            why=f"its config.json has quantization_config ({config['quantization_config'].get('quant_method', '?')})",
-            fix="export the prepared model: one that `distill` with `quantize:` leaves, or one in full precision",
-        )
+    prepared = "export the prepared model: one that `distill` with `quantize:` leaves, or one in full precision"
+    try:
+        refuse_packed(artefact.model().path, fix=prepared)
+    except PreflightError as error:
+        raise named_problem(ctx.name, error) from error
 
 
 def _of_model(ctx: PreflightContext[ExportConfig], target: Target) -> None:

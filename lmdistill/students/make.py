@@ -23,6 +23,8 @@ def make(ctx: StageContext[Any]) -> dict[str, Any]:
     makers = {"grow": _grown, "random": _random, "checkpoint": _from_checkpoint}
     model, record = makers[ctx.config.init](ctx, corpus)
     save_model(model.float().cpu(), ctx.out / "model", tokenizer_from=corpus.tokenizer_folder)
+    if (placement := record.pop("placement", None)) is not None:
+        placement.save(ctx.out / "model")
     counts = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "parameters_by_formula": parameters.count(model.config),
@@ -46,12 +48,15 @@ def _random(ctx: StageContext[Any], corpus: Any) -> tuple[Any, dict[str, Any]]:
 
 def _from_checkpoint(ctx: StageContext[Any], corpus: Any) -> tuple[Any, dict[str, Any]]:
     from lmdistill.assets import model_folder
-    from lmdistill.checkpoints import load_model
+    from lmdistill.checkpoints import load_model, refuse_packed
+    from lmdistill.quantization.placement import Placement
     from lmdistill.teachers.token_maps import check_same_tokens, token_map
 
     reference = model_folder(ctx.config.source, ctx.progress)
+    refuse_packed(reference.path, fix="give the checkpoint in full precision that it was made from")
     check_same_tokens(token_map(corpus.tokenizer_folder), token_map(reference.path), "the corpus", "the student")
-    return load_model(reference.path), {"source": ctx.config.source.source}
+    record = {"source": ctx.config.source.source, "placement": Placement.load(reference.path)}
+    return load_model(reference.path), record
 
 
 def _grown(ctx: StageContext[Any], corpus: Any) -> tuple[Any, dict[str, Any]]:

@@ -120,11 +120,13 @@ def _probe(
 def _log_probs(folder: Path, held_out: SignalsReader, config: DistillConfig, place: Place) -> NDArray[np.float32]:
     """A model's log-probs of the held-out tokens that count `[N]`."""
     from lmdistill.checkpoints import load_model
+    from lmdistill.quantization.on_grid import kept_on_its_grids
 
     rows = min(held_out.rows, max(1, MOST_TOKENS // held_out.row_tokens))
     chosen = np.unique(np.linspace(0, held_out.rows - 1, rows).astype(int)).tolist()
     collator = SignalsCollator(held_out, held_out.manifest.packing == "isolate")
     model = load_model(folder, device=place.device)
+    kept_on_its_grids(model, folder)
     half = products_in(config.precision, place.device) == "bfloat16"
     found = [lp_RT[~np.isnan(lp_RT)] for lp_RT in scored_rows(model, collator, chosen, SCORE_ROWS, SCORE_CHUNK, half)]
     return np.concatenate(found)

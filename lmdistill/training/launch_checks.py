@@ -51,6 +51,12 @@ def _devices(ctx: PreflightContext[DistillConfig], launch: LaunchSection) -> Ite
         yield PreflightError(what, fix=f"drop `{launch.way}`: processes on CPUs train with DDP")
 
 
+def _on_a_grid(ctx: PreflightContext[DistillConfig]) -> bool:
+    from lmdistill.quantization.planned import lies_on
+
+    return ctx.config.quantize is not None or any(lies_on(one) is not None for one in ctx.inputs.get("student", ()))
+
+
 def _way(ctx: PreflightContext[DistillConfig], launch: LaunchSection) -> Iterator[LmdistillError]:
     if launch.way == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         what = "runtime.launch.deepspeed needs the package deepspeed"
@@ -61,6 +67,9 @@ def _way(ctx: PreflightContext[DistillConfig], launch: LaunchSection) -> Iterato
     if launch.way in ("fsdp", "deepspeed") and ctx.config.intermediate:
         what = f"stage '{ctx.name}': `intermediate` reads blocks whose weights runtime.launch.{launch.way} spreads"
         yield PreflightError(what, why="its hooks and critics are not sharded", fix="use DDP: drop the key")
+    if launch.way in ("fsdp", "deepspeed") and _on_a_grid(ctx):
+        what = f"stage '{ctx.name}': a student on a grid cannot be spread over processes by runtime.launch.{launch.way}"
+        yield PreflightError(what, why="points need whole blocks with their scales", fix="use DDP: drop the key")
     if launch.way in ("fsdp", "deepspeed") and ctx.config.optimizer != "adamw":
         what = f"stage '{ctx.name}': `optimizer: {ctx.config.optimizer}` cannot be spread over processes"
         why = "its blocks of 8-bit moments cross the borders of the shards"

@@ -89,7 +89,8 @@ def _prepared(config: DistillConfig, place: Place, reader: Reader) -> Any:
     """The student as it is trained: from its folder, on the device, on its grids, in an adapter if one is asked for."""
     from lmdistill.checkpoints import load_model
     from lmdistill.training import adapter, optimizer
-    from lmdistill.training.on_grids import put_student, refuse_converted
+    from lmdistill.training.grid_refusals import refuse_converted
+    from lmdistill.training.on_grids import put_student
 
     refuse_converted(place.student, config)
     student = load_model(place.student, device=place.device)

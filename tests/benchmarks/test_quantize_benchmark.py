@@ -15,11 +15,11 @@ import quantize
 import torch
 from grids import executorch, ways
 from grids.measured import _off_grid
+from placed import place
 
 from lmdistill.corpus.config import CorpusConfig, Source
 from lmdistill.evaluation.speed import SpeedPlan
 from lmdistill.pipeline.stage import ModelRef, Runtime, StageContext
-from lmdistill.quantization.placement import place
 from lmdistill.stages import load_stage
 
 TEXT = "the {0} cat number {0} sat on the {1} mat and said {2} to the {1} dog; it is late, said the dog.\n\n"
@@ -126,14 +126,22 @@ def test_figures_of_another_model_or_way_are_refused(
         run("--ways", "Q4_0", "--heldout", "64")
 
 
-def test_what_was_measured_of_other_ways_stays_in_the_file(
+def test_what_was_measured_of_other_ways_stays_in_the_file_while_the_model_is_the_same(
     run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {"by_model": {"student": {"executorch": {"fp32_max_abs": 1.0}}}}
-    (tmp_path / "quantize.json").write_text(json.dumps(before))
     monkeypatch.setattr(quantize, "_one", lambda *_: {"recovered": 0.5, "kl_qad": {}})
+    before = run()
+    before["parents"]["smollm"] = "another"
+    before["by_model"] = {"student": {"executorch": {"fp32_max_abs": 1.0}}, "smollm": {"Q8_0": {"recovered": 0.1}}}
+    (tmp_path / "quantize.json").write_text(json.dumps(before))
     result = run()
     assert result["executorch"] == {"fp32_max_abs": 1.0} and result["Q4_0"]["recovered"] == 0.5
+    assert result["by_model"]["smollm"] == {"Q8_0": {"recovered": 0.1}}
+    before["parents"]["student"] = "of an earlier run"
+    (tmp_path / "quantize.json").write_text(json.dumps(before))
+    result = run()
+    assert "executorch" not in result and "executorch" not in result["by_model"]["student"]
+    assert result["Q4_0"]["recovered"] == 0.5
 
 
 @pytest.mark.parametrize("grid", ["8da4w", "q4_0"])

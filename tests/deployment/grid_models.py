@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from placed import place
 from safetensors.torch import load_file, save_file
 
 from lmdistill.checkpoints import copy_tokenizer
 from lmdistill.deployment.gguf_writer import read_config
 from lmdistill.quantization.keys import QuantizeKeys
-from lmdistill.quantization.placement import place
 from lmdistill.quantization.wanted import wanted
 
 

@@ -162,3 +162,24 @@ def test_a_q4_0_file_that_llama_cpp_quantised_is_not_the_trained_one(toy: Any, t
     quantize(tmp_path / "f32.gguf", tmp_path / "again.gguf", FORMATS["q4_0"], threads=1)
     with pytest.raises(IntegrityError, match=f"weights of {W1} differ"):
         verify_packed(tmp_path / "again.gguf", model)
+
+
+def test_a_checkpoint_is_scored_as_it_was_trained(toy: Any, sequences: list[list[int]], tmp_path: Path) -> None:
+    """On 8da4w with rounded activations, as its program computes; plain transformers has another model."""
+    from lmdistill.checkpoints import load_model
+    from lmdistill.evaluation.runtimes import RuntimeOptions, runtime_class
+    from lmdistill.quantization.on_grid import kept_on_its_grids
+
+    folder = on_grid(toy("lfm2"), tmp_path / "grid", QuantizeKeys(grid="8da4w"))
+    tokens_T = np.array(sequences[0][:64])
+    runtime = runtime_class("transformers").open(folder, RuntimeOptions(context=64, device="cpu"), exact=True)
+    found_TV = torch.from_numpy(runtime.log_probs(tokens_T, 49152))
+    expected = []
+    for stays in (True, False):
+        model = load_model(folder)
+        if stays:
+            kept_on_its_grids(model, folder)
+        with torch.no_grad():
+            expected.append(model(torch.from_numpy(tokens_T)[None]).logits[0].log_softmax(-1))
+    assert torch.allclose(found_TV, expected[0], atol=1e-5)
+    assert not torch.allclose(found_TV, expected[1], atol=1e-3)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from placed import place
 from safetensors.torch import load_file, save_file
 
 from lmdistill.checkpoints import copy_tokenizer, load_model, load_tokenizer
@@ -14,7 +15,7 @@ from lmdistill.deployment.gguf_writer import read_config
 from lmdistill.deployment.packed_gguf import verify_packed, write_packed_gguf
 from lmdistill.errors import PreflightError
 from lmdistill.quantization.keys import QuantizeKeys
-from lmdistill.quantization.placement import Placement, place
+from lmdistill.quantization.placement import Placement
 from lmdistill.quantization.stays import StaysOnGrids
 from lmdistill.quantization.wanted import wanted
 
@@ -94,6 +95,18 @@ def test_trl_leaves_a_model_on_its_grid_and_its_file_has_those_weights(
     target = tmp_path / "later.gguf"
     write_packed_gguf(tmp_path / "out", target, lies, lies.preset, name="later", parent="0" * 64)
     assert verify_packed(target, tmp_path / "out") == len(lies.grids)
+
+
+def test_what_is_saved_before_the_end_of_training_lies_on_its_grid_too(on_grid: Path, tmp_path: Path) -> None:
+    model = load_model(on_grid)
+    stays = StaysOnGrids(model, on_grid)
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.02)
+    stays.save(tmp_path / "out")
+    lies, after = Placement.load(tmp_path / "out"), load_file(tmp_path / "out/model.safetensors")
+    assert lies is not None and not any("grid_" in name for name in after)
+    for name, grid in lies.on_grids().items():
+        assert torch.equal(grid.fake_quantise(after[name], lies.scales[name]), after[name]), name
 
 
 def test_trl_multiplies_with_the_heads_points_too(on_grid: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from placed import place
 from safetensors.torch import load_file, save_file
 
 from lmdistill.checkpoints import copy_tokenizer
@@ -17,7 +18,7 @@ from lmdistill.deployment.gguf_writer import read_config, write_gguf
 from lmdistill.deployment.packed_gguf import verify_packed, write_packed_gguf
 from lmdistill.deployment.quantizer import quantize
 from lmdistill.errors import IntegrityError, RecipeError
-from lmdistill.quantization.placement import Placement, place
+from lmdistill.quantization.placement import Placement
 from lmdistill.quantization.plan import PRESETS, grids_of_preset, tied_conflict
 
 NAMES = {"name": "toy", "parent": "0" * 64}

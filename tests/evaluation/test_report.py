@@ -154,6 +154,15 @@ def test_the_page_fetches_nothing(tmp_path: Path) -> None:
     assert "http" not in page and "url(" not in page and "@import" not in page
 
 
+def test_what_a_teacher_in_few_bits_lost_is_in_the_report(tmp_path: Path) -> None:
+    proof = {"nll": 3.5, "nll_whole": 3.25, "nll_cost": 0.25, "rows": 2}
+    contents = evaluation()
+    for had in ({}, {"proof": None}, {"proof": {"rows": 2}}, {"proof": proof}):
+        refresh(write_run(tmp_path, contents | {"signals": contents["signals"] | had}), STAGES)
+        page = (tmp_path / "report.html").read_text()
+        assert ("a cost of 0.2500 nats a token" in page) == (had == {"proof": proof})
+
+
 @pytest.mark.parametrize("missing", ["signals", "speed", "student", "curves", "gates"])
 def test_a_recipe_may_lack_parts(tmp_path: Path, missing: str) -> None:
     contents = evaluation()

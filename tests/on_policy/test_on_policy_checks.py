@@ -16,7 +16,8 @@ from lmdistill.errors import LmdistillError, PreflightError
 from lmdistill.on_policy import samplers
 from lmdistill.on_policy.config import OnPolicyConfig
 from lmdistill.on_policy.samplers import choose
-from lmdistill.pipeline.stage import ModelRef, Planned, PreflightContext, Runtime
+from lmdistill.pipeline.stage import Artefact, ModelRef, Planned, PreflightContext, Runtime
+from lmdistill.training.config import DistillConfig
 
 
 def _problems(teacher: ModelRef, tmp_path: Path, corpus: dict[str, Any] | None = None, **keys: Any) -> list[str]:
@@ -91,6 +92,7 @@ def test_prompts_of_its_own_need_no_corpus() -> None:
 def test_auto_takes_vllm_on_a_gpu_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samplers, "_missing", lambda name: [])
     assert [choose("auto", device) for device in ("cpu", "cuda")] == ["transformers", "vllm"]
+    assert choose("auto", "cuda", on_grid=True) == "transformers"
     with pytest.raises(PreflightError, match="needs a GPU"):
         choose("vllm", "cpu")
     monkeypatch.setattr(samplers, "_missing", lambda name: ["vllm"])
@@ -108,3 +110,23 @@ def test_losses_and_samplers_are_told() -> None:
     choices = STAGE.choices()
     assert {"full_reverse_kl", "skew_reverse_kl"} <= set(choices["loss"]) and "ce" not in choices["loss"]
     assert set(choices["sampler"]) == {"auto", "transformers", "vllm"} and all(choices["sampler"].values())
+
+
+def test_a_student_that_vllm_or_training_cannot_have_is_named(
+    teacher: ModelRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a grid: vLLM would get other weights; packed integers: nothing can learn."""
+    monkeypatch.setattr(samplers, "_missing", lambda name: [])
+    config = OnPolicyConfig(**KEYS | {"prompt_tokens": 8, "sampler": "vllm"})
+    trained = Planned("qad", "distill", "model", "q" * 64, DistillConfig.model_validate({"quantize": {}}))
+    inputs = {"student": [trained], "corpus": []}
+    found = STAGE.preflight(PreflightContext("on_policy", config, inputs, teacher, tmp_path, Runtime("cuda")))
+    assert any("its student lies on 'q4_0', and vLLM would sample from another model" in one.what for one in found)
+    packed = tmp_path / "packed/out/model"
+    shutil.copytree(teacher.path, packed)
+    config_json = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config_json | {"quantization_config": {"quant_method": "gptq"}}))
+    artefact = Artefact("student", "student", "student", "s" * 64, tmp_path / "packed")
+    inputs["student"] = [Planned("student", "student", "student", "s" * 64, DistillConfig(), {}, artefact)]
+    found = STAGE.preflight(PreflightContext("on_policy", config, inputs, teacher, tmp_path, Runtime("cpu")))
+    assert any("its weights are packed integers" in one.what for one in found)

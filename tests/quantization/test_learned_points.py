@@ -216,3 +216,5 @@ def test_a_doubled_gradient_is_worth_one_bit_or_twice_the_bits() -> None:
     assert shared_bits(norms, weights, 7 / 3, "linear") == {"a": 1, "b": 2, "c": 4}
     with pytest.raises(PreflightError, match="cannot be shared out"):
         shared_bits(norms, weights, 0.5, "linear")
+    with pytest.raises(PreflightError, match="no tensor on the grid has a gradient"):
+        shared_bits(dict.fromkeys(norms, 0.0), weights, 3, "linear")

@@ -92,6 +92,28 @@ def test_points_of_weights_that_are_not_trained_are_found_once_until_these_chang
     assert not torch.equal(seen_weight(drawn.lm_head), seen_weight(drawn.lm_head))
 
 
+def test_where_no_gradient_is_wanted_points_are_found_once_with_learned_scales_too() -> None:
+    """A sampling model is called once a token; what it keeps is let go where training goes on."""
+    model = _llama()
+    placement = _everywhere(model)
+    scales = {name: placement.grid(name).start(weight) for name, weight in model.named_parameters() if weight.ndim == 2}
+    OnGrids(model, Plan(placement.with_scales(scales), learned=True))
+    layer = model.model.layers[0].mlp.up_proj
+    trained = seen_weight(layer)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            kept = seen_weight(layer)
+            assert seen_weight(layer) is kept and torch.equal(kept, trained) and not kept.is_inference()
+            layer.grid_d.mul_(1.1) if mode is torch.no_grad else None
+            assert torch.equal(seen_weight(layer), kept) == (mode is torch.inference_mode)
+        trained = seen_weight(layer)
+        assert trained.requires_grad and not layer.seen._kept
+    with torch.no_grad():
+        seen_weight(layer)
+    seen_weight(layer).sum().backward()
+    assert layer.grid_d.grad.abs().sum() > 0 and layer.weight.grad is not None
+
+
 @pytest.mark.parametrize("learned", [False, True])
 def test_products_in_bfloat16_are_those_of_the_points_rounded_once(learned: bool) -> None:
     """Points leave the grid in the product's dtype: as if autocast had rounded them, forward and backward."""
@@ -192,6 +214,39 @@ def test_a_model_on_a_gpu_settles_and_its_size_is_known() -> None:
     model = _llama().cuda()
     placement = OnGrids(model, Plan(_everywhere(model))).settle()
     assert grid_record(model, placement)["grid"]["bits"] == 4.5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("grid", "keys"),
+    [
+        ("q4_0", {"start": "compensated", "scales": "learned"}),
+        ("q4_1", {"start": "weighted", "scales": "learned"}),
+        ("8da4w", {"start": "weighted", "scales": "learned"}),
+        ("points", {"scales": "learned", "bucket": 32}),
+        ("uniform", {"start": "fitted", "scales": "learned", "bucket": 32, "share_bits": "linear"}),
+    ],
+)
+def test_a_gpu_computes_what_the_cpu_does(grid: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    """Start, points, gradients of weights and scales, and what is kept of the start."""
+    from lmdistill.quantization.keys import QuantizeKeys
+    from lmdistill.quantization.start import put_on_grids
+    from lmdistill.quantization.wanted import wanted
+
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = _llama(max_position_embeddings=64).to(device)
+        places = wanted(QuantizeKeys(grid=grid, **keys), model.config.to_dict())
+        rows = [IDS.to(device)]
+        handle = put_on_grids(model, QuantizeKeys(grid=grid, **keys), places, rows, tmp_path / device)
+        loss = model(IDS.to(device), labels=IDS.to(device)).loss
+        loss.backward()
+        scales = torch.cat([scale.grad.flatten().cpu() for scale in handle.learned_scales()])
+        found[device] = (loss.item(), scales, model.model.layers[0].mlp.up_proj.weight.grad.cpu())
+        handle.settle()
+    assert found["cuda"][0] == pytest.approx(found["cpu"][0], rel=1e-2)
+    for ours, theirs in zip(found["cuda"][1:], found["cpu"][1:], strict=True):
+        assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.95
 
 
 def test_a_plain_trainer_leaves_a_model_on_the_grids_it_lay_on(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from lmdistill.checkpoints import load_model
@@ -81,12 +83,33 @@ def test_random_students_have_the_asked_shape(
 
 
 def test_a_checkpoint_is_taken_as_it_is(corpus: Artefact, toy_llama: Callable[..., Path], tmp_path: Path) -> None:
-    import torch
-
     folder = toy_llama(3)
     _run(tmp_path, corpus, None, init="checkpoint", source=str(folder))
     before, after = load_model(folder).state_dict(), load_model(tmp_path / "out" / "model").state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_a_checkpoint_on_a_grid_stays_there_and_packed_integers_are_refused(
+    corpus: Artefact, toy_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    from lmdistill.quantization.placement import Placement
+
+    folder = tmp_path / "source"
+    shutil.copytree(toy_llama(3), folder)
+    scales = {"model.norm.weight": {"d": torch.ones(2, 1)}}
+    Placement({"model.norm.weight": "q8_0"}, scales, preset="q8_0").save(folder)
+    _run(tmp_path / "a", corpus, None, init="checkpoint", source=str(folder))
+    found = Placement.load(tmp_path / "a/out/model")
+    assert (
+        found is not None
+        and found.preset == "q8_0"
+        and torch.equal(found.scales["model.norm.weight"]["d"], torch.ones(2, 1))
+    )
+    assert "placement" not in json.loads((tmp_path / "a/out/student.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(PreflightError, match="its weights are packed integers"):
+        _run(tmp_path / "b", corpus, None, init="checkpoint", source=str(folder))
 
 
 def test_a_checkpoint_with_other_tokens_is_refused_with_the_ids(

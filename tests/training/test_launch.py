@@ -23,6 +23,7 @@ from lmdistill.pipeline.launch_keys import LaunchSection
 from lmdistill.pipeline.launcher import outcome
 from lmdistill.pipeline.process import call
 from lmdistill.pipeline.stage import Artefact, PreflightContext, Runtime
+from lmdistill.quantization.placement import Placement
 from lmdistill.recipe.schema import RuntimeSection
 from lmdistill.training.config import DistillConfig
 
@@ -30,14 +31,14 @@ LAUNCH = {"num_processes": 2}
 PACED: dict[str, Any] = {"curriculum": {"difficulty": "loss_gap", "buckets": 3}}  # measured by the first alone
 
 
-def _job(folder: Path, signals: Artefact, student: Artefact) -> dict[str, Any]:
+def _job(folder: Path, signals: Artefact, student: Artefact, **keys: Any) -> dict[str, Any]:
     for name in ("out", "work"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     return {
         "task": "run",
         "name": "distill",
         "stage": "distill",
-        "config": DistillConfig(**KEYS, **PACED).model_dump(mode="json"),
+        "config": DistillConfig(**KEYS | (keys or PACED)).model_dump(mode="json"),
         "inputs": {"signals": [artefact_to_json(signals)], "student": [artefact_to_json(student)]},
         "teacher": None,
         "partial": str(folder),
@@ -82,6 +83,26 @@ def test_two_processes_one_of_them_killed_and_the_same_command_give_the_curve_of
     ours, theirs = (load_file(place / "out/model/model.safetensors") for place in (folder, tmp_path / "one"))
     for name, tensor in theirs.items():
         assert torch.allclose(tensor, ours[name], atol=2e-3), name
+
+
+def test_two_processes_train_on_a_grid_and_its_learned_scales_as_one_would(
+    signals: Artefact, student: Artefact, tmp_path: Path
+) -> None:
+    """Each has the same start, and the scales' gradients are those of all rows: both end on the same grid."""
+    keys = {"quantize": {"grid": "uniform", "bits": 4, "bucket": 16, "start": "fitted", "scales": "learned"}}
+    folder, told = tmp_path / "two", []
+    job = _job(folder, signals, student, **keys)
+    call(job, "stage 'distill'", sys.executable, tmp_path / "two.log", told.append, "launcher")
+    alone = _train(tmp_path / "one", signals, student, **keys)
+    record = json.loads((folder / "out/training.json").read_text())
+    for line, other in zip(record["log"], alone["log"], strict=True):
+        assert line["kd"] == pytest.approx(other["kd"], rel=2e-2)
+    ours, theirs = (Placement.load(place / "out/model") for place in (folder, tmp_path / "one"))
+    assert ours is not None and theirs is not None and ours.grids == theirs.grids
+    weights = load_file(folder / "out/model/model.safetensors")
+    for name, grid in ours.on_grids().items():
+        assert torch.equal(grid.fake_quantise(weights[name], ours.scales[name]), weights[name]), name
+        assert torch.allclose(ours.scales[name]["alpha"], theirs.scales[name]["alpha"], rtol=2e-2), name
 
 
 def test_a_head_sharded_by_fsdp_is_gathered_and_learns_as_a_whole_one_does(
@@ -143,6 +164,10 @@ def _problems(
         (
             {"device": "cuda", "launch": {"num_processes": 1, "fsdp": {}}, "optimizer": "adamw_8bit"},
             "`optimizer: adamw_8bit` cannot be spread",
+        ),
+        (
+            {"device": "cuda", "launch": {"num_processes": 1, "deepspeed": {}}, "quantize": {}},
+            "a student on a grid cannot be spread over processes by runtime.launch.deepspeed",
         ),
     ],
 )

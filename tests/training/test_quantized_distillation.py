@@ -55,6 +55,7 @@ def _off_grid(model: Path) -> list[str]:
         {"grid": "points", "bits": 2, "bucket": 16, "scales": "learned", "scale_lr": 0.02},
         {"grid": "points", "bits": 2, "bucket": 16, "points_of": "bucket", "scales": "fixed"},
         {"grid": "uniform", "bits": 3, "bucket": 16, "share_bits": "logarithmic"},
+        {**NARROW, "stochastic": True},
     ],
     ids=lambda keys: "-".join(str(value) for value in keys.values()),
 )
@@ -90,8 +91,47 @@ def test_learned_scales_move_and_stay_what_a_file_can_hold(
     assert _off_grid(tmp_path / "out/model") == []
 
 
+def test_points_are_learned_alone(signals: Artefact, student: Artefact, tmp_path: Path) -> None:
+    """Polino's algorithm 2: the weights are fixed, and only the points that they are put on move."""
+    keys = {"grid": "points", "bits": 2, "bucket": 16, "scales": "learned", "scale_lr": 0.1}
+    record = train_toy(tmp_path, signals, student, quantize=keys, freeze=("*.weight",), lr=0.1)
+    assert record["log"][-1]["kd"] < 0.985 * record["log"][0]["kd"]
+    before, placement = load_file(_model(student) / "model.safetensors"), Placement.load(tmp_path / "out/model")
+    after = load_file(tmp_path / "out/model/model.safetensors")
+    assert placement is not None and placement.on_grids()
+    for name, grid in placement.on_grids().items():
+        assert torch.equal(after[name], grid.fake_quantise(before[name], placement.scales[name]))
+        assert not torch.equal(after[name], grid.fake_quantise(before[name], grid.start(before[name])))
+    others = (name for name in before if name not in placement.on_grids())
+    assert all(torch.equal(after[name].half(), before[name].half()) for name in others)  # `save_grid: float16`
+
+
+@pytest.mark.parametrize("kind", ["single", "full"])
+def test_the_start_is_measured_on_text_alone(kind: str) -> None:
+    """Padding is no input: rows that have it are cut, others stay together."""
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from lmdistill.corpus.format import LOSS, PAD
+    from lmdistill.training.on_grids import _rows
+
+    tokens = np.arange(24, dtype=np.uint16).reshape(3, 8)
+    flags = np.full(tokens.shape, LOSS, np.uint8)
+    if kind == "single":
+        flags[1, 5:] = PAD
+    reader: Any = SimpleNamespace(
+        rows=3, row_tokens=8, read=lambda rows: SimpleNamespace(tokens_RT=tokens[rows], flags_RT=flags[rows])
+    )
+    found = [one.tolist() for one in _rows(reader, 24, torch.device("cpu"))]
+    whole = tokens.tolist()
+    assert found == ([whole] if kind == "full" else [[whole[0]], [whole[1][:5]], [whole[2]]])
+
+
 @pytest.mark.parametrize(
-    "keys", [NARROW, {**NARROW, "scales": "learned", "start": "fitted"}], ids=["follow", "learned"]
+    "keys",
+    [NARROW, {**NARROW, "scales": "learned", "start": "fitted"}, {**NARROW, "stochastic": True}],
+    ids=["follow", "learned", "stochastic"],
 )
 def test_stopped_and_resumed_is_never_stopped_on_a_grid(
     keys: dict[str, Any], signals: Artefact, student: Artefact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -115,6 +155,9 @@ def test_stopped_and_resumed_is_never_stopped_on_a_grid(
     with pytest.raises(Killed):
         train_toy(tmp_path / "parts", signals, student, **every)
     monkeypatch.undo()
+    train_toy(tmp_path / "parts", signals, student, **every)
+    assert folder_bytes(tmp_path / "parts/out") == folder_bytes(tmp_path / "whole/out")
+    shutil.rmtree(tmp_path / "parts/out")  # killed after the last step: what is left is to lie down
     train_toy(tmp_path / "parts", signals, student, **every)
     assert folder_bytes(tmp_path / "parts/out") == folder_bytes(tmp_path / "whole/out")
 
@@ -205,6 +248,31 @@ def test_training_on_where_a_student_lies_asks_for_the_same_places(
     assert _off_grid(tmp_path / "d/out/model") == []
 
 
+def test_scales_that_the_quantiser_would_not_find_again_are_not_let_go(
+    signals: Artefact, student: Artefact, tmp_path: Path
+) -> None:
+    """Learned ones, and those that follow where the weights were trained on under fixed ones."""
+    learned = Q8 | {"scales": "learned", "scale_lr": 0.05}
+    train_toy(tmp_path / "qad", signals, student, quantize=learned, **SHORT)
+    lain = _output(tmp_path / "qad")
+    with pytest.raises(PreflightError, match=r"scales: follow` would put it on another such grid(.|\n)*first: model"):
+        train_toy(tmp_path / "a", signals, lain, quantize=Q8, **SHORT)
+    train_toy(tmp_path / "b", signals, lain, quantize=learned, **SHORT)
+    assert _off_grid(tmp_path / "b/out/model") == []
+    train_toy(tmp_path / "followed", signals, student, quantize=Q8, **SHORT)
+    train_toy(tmp_path / "c", signals, _output(tmp_path / "followed"), quantize=Q8, **SHORT)
+    assert _off_grid(tmp_path / "c/out/model") == []
+
+
+def test_a_student_on_a_grid_has_nothing_to_teach_itself(
+    signals: Artefact, corpus: Artefact, student: Artefact, tmp_path: Path
+) -> None:
+    train_toy(tmp_path / "qad", signals, student, quantize=Q8, **SHORT)
+    own = Q8 | {"self_teacher": "frozen"}
+    with pytest.raises(PreflightError, match=r"`quantize.self_teacher: frozen` has nothing to teach it"):
+        train_toy(tmp_path / "a", corpus, _output(tmp_path / "qad"), loss="full_kl", quantize=own)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -214,6 +282,9 @@ def test_training_on_where_a_student_lies_asks_for_the_same_places(
         ({"grid": "q4_k"}, "no grid is called 'q4_k'; did you mean 'q4_k_m'"),
         ({**Q8, "head": "q4_0"}, "tied head with unequal grids"),
         ({**Q8, "head": "q4_0", "embeddings": "q8_0"}, "tied head with unequal grids"),
+        ({**Q8, "embeddings": "8da4w"}, "`quantize.embeddings: 8da4w` lies in no file together with grid 'q8_0'"),
+        ({**Q8, "embeddings": "uniform"}, "`quantize.embeddings: uniform` lies in no file together"),
+        ({"grid": "8da4w", "group": 16, "head": "q8_0", "embeddings": "q8_0"}, "embeddings: q8_0` lies in no file"),
         ({**Q8, "keep": ["*up_porj*"]}, "`quantize.keep: .*up_porj.*` matches no tensor"),
     ],
 )
@@ -264,6 +335,33 @@ def test_a_student_that_will_be_converted_is_refused_before_anything_runs(tmp_pa
         )
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"scales": "learned"}, "`scales: follow` would put it on another such grid"),
+        ({"embeddings": "f16"}, "is converted: model.embed_tokens.weight lies on f16"),
+        ({"keep": ("*q_proj*", "*down_proj*")}, "is converted: model.layers.0.self_attn.q_proj.weight lies on f16"),
+    ],
+)
+def test_a_planned_student_lies_where_the_recipe_puts_it(
+    keys: dict[str, Any], message: str, student: Artefact, tmp_path: Path
+) -> None:
+    """Before the first of two trainings: the second asks for other places, or lets its scales go."""
+    source = Planned("student", "student", "student", "d" * 64, DistillConfig(), {}, student)
+    first, second = (DistillConfig.model_validate({"quantize": one}) for one in (Q8 | keys, Q8))
+    earlier = Planned("first", "distill", "model", "f" * 64, first, {"student": [source]})
+    [problem] = _preflight(second, earlier, ModelRef("teacher", _model(student), "t" * 64), tmp_path)
+    assert "stage 'qad': its student" in problem and message in problem
+
+
+def test_a_planned_student_on_a_grid_has_nothing_to_teach_itself(tmp_path: Path) -> None:
+    earlier = DistillConfig.model_validate({"quantize": {"grid": "q8_0"}})
+    own = {"loss": "full_kl", "quantize": {"grid": "q8_0", "self_teacher": "moving"}}
+    student = Planned("first", "distill", "model", "f" * 64, earlier)
+    [problem] = _preflight(DistillConfig.model_validate(own), student, None, tmp_path)
+    assert "its student lies on a grid, and `quantize.self_teacher: moving` has nothing to teach it" in problem
+
+
 def test_a_student_that_will_lie_on_a_grid_takes_no_adapter(tmp_path: Path) -> None:
     earlier = DistillConfig.model_validate({"quantize": {"grid": "8da4w"}})
     student = Planned("first", "distill", "model", "f" * 64, earlier)
@@ -271,6 +369,16 @@ def test_a_student_that_will_lie_on_a_grid_takes_no_adapter(tmp_path: Path) -> N
     assert "its student will lie on '8da4w'" in problem
     [problem] = _preflight(earlier, student, None, tmp_path)
     assert "`scales: follow` would put it on another such grid" in problem
+
+
+def test_presets_need_llama_cpps_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    plain = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else plain(name, *rest))
+    student = Planned("student", "student", "student", "f" * 64, DistillConfig())
+    [problem] = _preflight(DistillConfig.model_validate({"quantize": {}}), student, None, tmp_path)
+    assert "`quantize.grid: q4_0` needs the package gguf" in problem and "lmdistill[gguf]" in problem
 
 
 def test_widths_are_checked_on_the_model_that_is_there(student: Artefact, tmp_path: Path) -> None:

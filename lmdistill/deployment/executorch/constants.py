@@ -16,11 +16,12 @@ import torch
 
 from lmdistill.deployment.executorch.layouts import Layout, architecture_for_pte, layout_of
 from lmdistill.deployment.executorch.nibbles import from_high_first, from_low_first, high_first, low_first
-from lmdistill.deployment.executorch.weights import EMBEDDINGS, CheckpointWeights, OnGrid
+from lmdistill.deployment.executorch.weights import CheckpointWeights, OnGrid
 from lmdistill.deployment.gguf_writer import open_checkpoint, read_config
 from lmdistill.errors import IntegrityError
 from lmdistill.quantization.packing import raw
 from lmdistill.quantization.placement import Placement
+from lmdistill.quantization.wanted import EMBEDDINGS
 
 
 class Constants:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdistill.deployment.executorch.layouts import architecture_for_pte
 from lmdistill.errors import PreflightError
+from lmdistill.quantization.wanted import EMBEDDINGS, HEAD
 
 if TYPE_CHECKING:
     from lmdistill.deployment.architectures import Architecture
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 GRID = "8da4w"
 EVERYTHING = "_all"  # at the end of a format's name: embeddings and head on the grid too
-ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 DEFAULT_CONTEXT = 2048  # caches are memory: 12 KB a position for 30 layers of 3 heads of 64
 _GROUP = 32  # XNNPACK's groups are multiples of it
 
@@ -39,7 +39,7 @@ def quantised_places(format_name: str, architecture: Architecture) -> dict[str, 
     everything, grid = format_name.endswith(EVERYTHING), get(GRID)
     grids = {}
     for name, shape in architecture.tensors().items():
-        on_grid = len(shape) == 2 and (everything or name not in ENDS)
+        on_grid = len(shape) == 2 and (everything or name not in (EMBEDDINGS, HEAD))
         if on_grid:
             grid.check_width(shape[-1], name)
         grids[name] = GRID if on_grid else "f32"
@@ -61,15 +61,13 @@ def placement_of(format_: Format, config: Mapping[str, Any], trained: Placement 
 def packed_format(model: Planned) -> str:
     """The format of a model trained on 8da4w: whether its embeddings lie there too decides."""
     from lmdistill.quantization.placement import FOLDER
+    from lmdistill.quantization.planned import put_there_by
 
     if model.artefact is not None:
         tensors = json.loads((model.artefact.model().path / FOLDER / "grids.json").read_text("utf-8"))["tensors"]
-        return "pte_8da4w_all" if tensors[ENDS[0]] == GRID else "pte_8da4w"
-    keys = getattr(model.config, "quantize", None)
-    if keys is not None:
-        return "pte_8da4w_all" if keys.embeddings == GRID else "pte_8da4w"
-    ups = (up for role in ("student", "model") for up in model.inputs.get(role, ()))
-    return next(map(packed_format, ups), "pte_8da4w")
+        return "pte_8da4w_all" if tensors[EMBEDDINGS] == GRID else "pte_8da4w"
+    keys = put_there_by(model)
+    return "pte_8da4w_all" if keys is not None and keys.embeddings == GRID else "pte_8da4w"
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -101,7 +99,7 @@ def file_bits(format_name: str, architecture: Architecture) -> float:
     grids = quantised_places(format_name, architecture) if quantised else {}
     bits = 0.0
     for name, shape in architecture.tensors().items():
-        copies = 2 if name == ENDS[0] and architecture.tied else 1
+        copies = 2 if name == EMBEDDINGS and architecture.tied else 1
         bits += copies * math.prod(shape) * (4.5 if grids.get(name) == GRID else 32)
     return bits
 

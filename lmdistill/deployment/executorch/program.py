@@ -5,6 +5,8 @@ Axes: S tokens of a call, P positions they see, N wanted logits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,7 @@ def write_program(
 
     decoder = build_decoder(folder, placement, sizes.context)
     with unwarned(), torch.no_grad():
-        exported = torch.export.export(decoder, sizes.example(), dynamic_shapes=sizes.dynamic_shapes(), strict=False)
+        exported = _exported(decoder, sizes)
         lowered = _lowered(
             exported, {"context": sizes.context, "chunk": sizes.chunk, "vocab_size": _vocabulary(folder)}
         )
@@ -89,17 +91,31 @@ def write_program(
     return work.share
 
 
+def _exported(decoder: Any, sizes: ProgramSizes) -> Any:
+    import torch
+
+    with _refused("torch.export could not trace this model"):
+        return torch.export.export(decoder, sizes.example(), dynamic_shapes=sizes.dynamic_shapes(), strict=False)
+
+
 def _lowered(exported: Any, constants: dict[str, int]) -> Any:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     config = EdgeCompileConfig(_check_ir_validity=False)  # the embedding's operator is no core ATen one
-    try:
+    with _refused("XNNPACK could not take this model"):
         return to_edge_transform_and_lower(
             exported, partitioner=[XnnpackPartitioner()], constant_methods=constants, compile_config=config
         )
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Raise IntegrityError with the first line of what PyTorch or ExecuTorch says."""
+    try:
+        yield
     except (RuntimeError, AssertionError) as error:
-        raise IntegrityError("XNNPACK could not take this model", why=str(error).splitlines()[0]) from error
+        raise IntegrityError(what, why=(str(error) or type(error).__name__).splitlines()[0]) from error
 
 
 def _emitted(lowered: Any) -> Any:

@@ -16,12 +16,11 @@ from torch import nn
 from torch.nn import functional
 
 from lmdistill.deployment.executorch.nibbles import high_first
+from lmdistill.deployment.executorch.places import GRID
 from lmdistill.deployment.gguf_writer import Checkpoint
 from lmdistill.errors import IntegrityError
 from lmdistill.quantization.placement import Placement
-
-GRID = "8da4w"
-EMBEDDINGS = "model.embed_tokens.weight"
+from lmdistill.quantization.wanted import EMBEDDINGS
 
 
 @dataclass(frozen=True)

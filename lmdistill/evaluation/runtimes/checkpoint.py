@@ -33,14 +33,20 @@ class CheckpointRuntime:
 
     @staticmethod
     def open(path: Path, options: RuntimeOptions, *, exact: bool) -> CheckpointRuntime:
-        """Load the checkpoint in float32; there is no faster setting, so `exact` changes nothing."""
+        """Load the checkpoint in float32; there is no faster setting, so `exact` changes nothing.
+
+        One that was trained on a grid computes as it did in training, rounded activations included.
+        """
         import torch
 
         from lmdistill.checkpoints import load_model
+        from lmdistill.quantization.on_grid import kept_on_its_grids
 
         if options.threads:
             torch.set_num_threads(options.threads)
-        return CheckpointRuntime(load_model(path, "float32", options.device), options.device)
+        model = load_model(path, "float32", options.device)
+        kept_on_its_grids(model, path)
+        return CheckpointRuntime(model, options.device)
 
     def log_probs(self, tokens_T: NDArray[np.int64], vocab_size: int) -> NDArray[np.float32]:
         """Log-probabilities [T, V]; raises StageError where the model's vocabulary is smaller."""

@@ -5,7 +5,7 @@ Axes: N buckets, B weights in a bucket, Y bytes in a bucket.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,6 +54,10 @@ class Uniform(Grid):
     def repeats(self) -> bool:
         """Not where it draws."""
         return not self.stochastic
+
+    def settled(self) -> Uniform:
+        """Nearest points: a resumed training ends where it would have ended, and no weight a whole step away."""
+        return replace(self, stochastic=False)
 
     @property
     def _top(self) -> float:
