@@ -31,6 +31,7 @@ FLOAT, SMALL = "pte_f32", "pte_8da4w_all"
 BESIDE = {FLOAT: "f32", SMALL: "q4_0"}  # what llama.cpp has of the same precision
 SPEED = SpeedPlan(prefill=512, decode=128, repeats=11, threads=default_threads())
 CONTEXT = 1024
+PARITY_TOKENS = 512
 LOWERING = 1e-5  # seconds a parameter that f32, 8da4w and the packed model take together on two quiet cores
 
 
@@ -42,6 +43,7 @@ def pieces(parent: Parent) -> dict[str, Piece]:
         "export": (lambda: _exported(parent, parent.folder, "plain", formats, CONTEXT), lowering),
         "packed": (lambda: _packed(parent, CONTEXT), lowering),
         **{name: (partial(_scored, parent, name), 60.0) for name in (SMALL, BESIDE[SMALL])},
+        "rounding": (lambda: _rounding(parent), parent.forward_seconds(6 * PARITY_TOKENS)),
         "speed": (lambda: _speed(parent, SPEED), 120.0),
     }
     own = {name: Piece(f"{NAME}-{name}", make, seconds) for name, (make, seconds) in made.items()}
@@ -54,11 +56,13 @@ def figures(parent: Parent) -> Figures:
     entries, packed, rows = _entries(parent), made["packed"], made["speed"]["rows"]
     return {
         "fp32_max_abs": entries[FLOAT]["parity"]["max_abs"],
+        "fp32_of_transformers": made["rounding"]["max_abs"],
         "fp32_mean_kl": entries[FLOAT]["parity"]["mean_kl"],
         "delegated": {name: entries[name]["delegated"] for name in BESIDE},
         "bit_equal": packed["bit_equal"] == packed["tensors"],
         "tensors": packed["tensors"],
         "packed_max_abs": packed["max_abs"],
+        "packed_mean_kl": _entries(parent, "packed")[SMALL]["parity"]["mean_kl"],
         "files": {name: _row(entries[name], made.get(name, {}), rows[name]) for name in entries},
         "over_llama_cpp": {
             name: {kind: round(rows[name][kind]["median"] / rows[beside][kind]["median"], 3) for kind in _RATES}
@@ -69,9 +73,9 @@ def figures(parent: Parent) -> Figures:
     }
 
 
-def _entries(parent: Parent) -> dict[str, Figures]:
+def _entries(parent: Parent, kind: str = "plain") -> dict[str, Figures]:
     """What the export says of each file, by format."""
-    record = json.loads((_out(parent, "plain") / RECORD).read_text())
+    record = json.loads((_out(parent, kind) / RECORD).read_text())
     return {entry["format"]: entry for entry in record["files"]}
 
 
@@ -90,18 +94,33 @@ def _exported(parent: Parent, model: Path, kind: str, formats: tuple[str, ...], 
     """deployment.json of the parent's files, made and proven as the export stage does."""
     out = _out(parent, kind)
     out.mkdir(parents=True, exist_ok=True)
-    Export(
+    _export(parent, model, out, formats, context).run(SilentProgress())
+    found: Figures = json.loads((out / RECORD).read_text())
+    return found
+
+
+def _export(parent: Parent, model: Path, out: Path, formats: tuple[str, ...], context: int) -> Export:
+    return Export(
         model=ModelRef(parent.name, model, "0" * 64),
         name=parent.name,
         formats=formats,
         conversations=16,
-        parity_tokens=512,
+        parity_tokens=PARITY_TOKENS,
         out=out,
         work=out.parent / "work",
         context=context,
-    ).run(SilentProgress())
-    found: Figures = json.loads((out / RECORD).read_text())
-    return found
+    )
+
+
+def _rounding(parent: Parent) -> Figures:
+    """How far float32 takes transformers itself from float64 on the same tokens: no program can be held to less."""
+    import torch
+
+    sequences = _export(parent, parent.folder, _out(parent, "plain"), (FLOAT,), CONTEXT).sequences()
+    single, double = (load_model(parent.folder, dtype) for dtype in ("float32", "float64"))
+    with torch.inference_mode():
+        tokens = [torch.tensor([ids]) for ids in sequences]
+        return {"max_abs": max(float((double(ids).logits - single(ids).logits).abs().max()) for ids in tokens)}
 
 
 def _packed(parent: Parent, context: int) -> Figures:

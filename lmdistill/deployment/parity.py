@@ -29,6 +29,7 @@ class Parity:
     top1_decided: float  # the same, where a choice the checkpoint finds as good within TIE counts as the same
     tokens: int
     max_abs: float = 0.0  # farthest that a logit is from the checkpoint's
+    largest: float = 0.0  # magnitude of the checkpoint's logits
 
     def to_json(self) -> dict[str, Any]:
         """For deployment.json; figures to six digits, below which a sum's order shows."""
@@ -72,13 +73,14 @@ def measure_parity(source: LogitSource, name: str, sequences: Sequence[Sequence[
     from lmdistill.evaluation.references import Reference
 
     total = sum(map(len, sequences))
-    kl_sum, same, decided, farthest, offset = 0.0, 0, 0, 0.0, 0
+    kl_sum, same, decided, farthest, largest, offset = 0.0, 0, 0, 0.0, 0.0, 0
     reference = Reference(reference_path, total, source.n_vocab)
     for tokens_T in sequences:
         for start, array_CV in source.logit_chunks(tokens_T):
             log_x_CV = torch.from_numpy(array_CV)
             log_p_CV = reference.read(offset + start, offset + start + len(log_x_CV))
             farthest = max(farthest, float((log_x_CV - log_p_CV).abs().max()))
+            largest = max(largest, float(log_p_CV.abs().max()))
             log_x_CV, log_p_CV = log_softmax_in_place(log_x_CV), log_softmax_in_place(log_p_CV)
             kl_sum += float(kl(log_p_CV, log_x_CV).sum())
             lost_C = log_p_CV.amax(-1) - log_p_CV.gather(-1, log_x_CV.argmax(-1, keepdim=True))[:, 0]
@@ -86,4 +88,4 @@ def measure_parity(source: LogitSource, name: str, sequences: Sequence[Sequence[
         offset += len(tokens_T)
     if not kl_sum < float("inf"):
         raise IntegrityError(f"{name} gives logits that are not finite")
-    return Parity(kl_sum / total, same / total, decided / total, total, farthest)
+    return Parity(kl_sum / total, same / total, decided / total, total, farthest, largest)

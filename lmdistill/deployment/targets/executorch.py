@@ -156,8 +156,9 @@ class ExecutorchTarget(Target):
         return figures | made | ({"note": "trained on its grid"} if format_.quantized else {}) | {"bit_equal": checked}
 
     def parity_entry(self, parity: Parity) -> dict[str, Any]:
-        """With the farthest logit."""
-        return parity.to_json() | {"max_abs": float(f"{parity.max_abs:.6g}")}
+        """With the farthest logit, and how large they are."""
+        figures = {"max_abs": parity.max_abs, "largest": parity.largest}
+        return parity.to_json() | {name: float(f"{value:.6g}") for name, value in figures.items()}
 
     def prove_tokenizer(self, export: Export, formats: Sequence[Format]) -> dict[str, Any]:
         """What is shipped, read without transformers, gives the checkpoint's ids and renders its template."""
