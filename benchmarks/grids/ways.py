@@ -84,7 +84,7 @@ def _shipped(name: str, preset: str, **step: int) -> Way:
 
 def _narrow(name: str, grid: str, bits: int, **keys: Any) -> Way:
     """Polino's algorithm 1, where points are learned together with his algorithm 2."""
-    return Way(name, grid, {"grid": grid, "bits": bits, "bucket": 256, **keys})
+    return Way(name, grid, {"grid": grid, "bits": bits, "bucket": 192, **keys})
 
 
 WAYS = {
