@@ -32,6 +32,7 @@ from lmdistill.teachers.vllm_options import EndpointOptions, VllmOptions
 
 if TYPE_CHECKING:
     from lmdistill.corpus.format import CorpusReader
+    from lmdistill.signals.format import Manifest
     from lmdistill.signals.shard_work import Executor
     from lmdistill.teachers.engine import EngineOptions
 
@@ -196,7 +197,7 @@ class TeachStage(Stage[TeachConfig]):
         from lmdistill.teachers.ensemble_members import bring_members, check_members
         from lmdistill.teachers.opening import open_engine
         from lmdistill.teachers.planned import layout_of, who_speaks
-        from lmdistill.teachers.proving import proof_of, record_of
+        from lmdistill.teachers.proving import proof_of
 
         ctx = replace(ctx, teacher=speaker(ctx))
         corpus, teacher = CorpusReader(ctx.one("corpus").out), ctx.need_teacher()
@@ -226,12 +227,7 @@ class TeachStage(Stage[TeachConfig]):
             executor=_executor(ctx.runtime),
             teacher_files=tuple(path for model in (teacher, *others) for path in (model.path, model.gguf) if path),
         ).run()
-        statistics = {name: split.statistics for name, split in manifest.splits.items()}
-        first = statistics[ctx.config.splits[0]]
-        summary = {name: first[name] for name in ("bytes_per_token", "head_mass", "teacher_nll")}
-        summary["tokens"] = sum(int(figures["tokens"] or 0) for figures in statistics.values())
-        proven = {"parity": json.loads(record_of(ctx).read_text())} if record_of(ctx).exists() else {}
-        return {"k": manifest.layout.k, **summary, **proven, "splits": statistics, "digest": manifest.digest}
+        return _figures(ctx, manifest)
 
     def verify(self, ctx: StageContext[TeachConfig], metrics: dict[str, Any]) -> None:
         """Read everything again: bytes, alignment, and figures that a teacher can have."""
@@ -249,6 +245,18 @@ class TeachStage(Stage[TeachConfig]):
                 raise IntegrityError(
                     f"no teacher can have said this of split '{split}'", why=f"head mass {mass}, loss {nll} nats"
                 )
+
+
+def _figures(ctx: StageContext[TeachConfig], manifest: Manifest) -> dict[str, Any]:
+    """What the stage says of its cache: the first split's figures, the engine's proof, those of every split."""
+    from lmdistill.teachers.proving import record_of
+
+    statistics = {name: split.statistics for name, split in manifest.splits.items()}
+    first = statistics[ctx.config.splits[0]]
+    summary = {name: first[name] for name in ("bytes_per_token", "head_mass", "teacher_nll")}
+    summary["tokens"] = sum(int(figures["tokens"] or 0) for figures in statistics.values())
+    proven = {"parity": json.loads(record_of(ctx).read_text())} if record_of(ctx).exists() else {}
+    return {"k": manifest.layout.k, **summary, **proven, "splits": statistics, "digest": manifest.digest}
 
 
 def _version(config: TeachConfig) -> str:
