@@ -30,7 +30,7 @@ SMALL = ["--ways", "Q4_0", "learned_points_2bit", "--steps", "5", "10", "--learn
 def world(tmp_path_factory: pytest.TempPathFactory, toy_llama: Callable[..., Path]) -> tuple[Path, Path]:
     """(a toy model, a corpus of its tokens)"""
     root = tmp_path_factory.mktemp("quantize")
-    model = toy_llama(seed=1, num_hidden_layers=1, hidden_size=256, intermediate_size=256)
+    model = toy_llama(seed=1, num_hidden_layers=1, hidden_size=192, intermediate_size=192)
     (root / "text.txt").write_text("".join(TEXT.format(i, i * i % 7, i % 5) for i in range(60)))
     config = CorpusConfig(sources=[Source(source=str(root / "text.txt"))], sequence_length=32, valid_fraction=0.2)
     (root / "out").mkdir(), (root / "work").mkdir()

@@ -147,7 +147,8 @@ def test_the_cache_and_the_scorer_tell_the_same_loss(world: World, config: Calla
     from lmdistill.stages.teach import TeachConfig, TeachStage
 
     teach = world.context(TeachConfig(k=8, splits=("valid",)), "06-teach-123")
-    TeachStage().run(teach)
+    metrics = TeachStage().run(teach) | {"parity": {"nll_cost": 0.25}}
+    (teach.out.parent / "manifest.json").write_text(json.dumps({"metrics": metrics}))
     ctx = world.context(config(metrics=[]), "with-cache")
     cache = Artefact("teach", "teach", "signals", "digest-of-teach", teach.out.parent)
     ctx.inputs = {**ctx.inputs, "signals": [cache]}
@@ -155,7 +156,7 @@ def test_the_cache_and_the_scorer_tell_the_same_loss(world: World, config: Calla
     record = json.loads((ctx.out / "evaluation.json").read_text())
     assert record["signals"]["teacher_nll"] == pytest.approx(record["quality"]["ladder"][0]["nll"], abs=1e-4)
     assert record["signals"]["k"] == 8 and record["signals"]["folder"] == "06-teach-123"
-    assert 0 < record["signals"]["head_mass"] < 1
+    assert 0 < record["signals"]["head_mass"] < 1 and record["signals"]["proof"] == {"nll_cost": 0.25}
 
 
 def test_checkpoints_are_timed_where_asked(world: World, config: Callable[..., Any]) -> None:
