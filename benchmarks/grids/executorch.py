@@ -23,6 +23,7 @@ from lmdistill.evaluation.runtimes import runtime_class
 from lmdistill.evaluation.speed import SpeedPlan, SpeedTarget, measure
 from lmdistill.pipeline.stage import ModelRef, SilentProgress
 from lmdistill.quantization.keys import QuantizeKeys
+from lmdistill.quantization.on_grid import kept_on_its_grids
 from lmdistill.quantization.start import put_on_grids
 from lmdistill.quantization.wanted import wanted
 
@@ -44,6 +45,7 @@ def pieces(parent: Parent) -> dict[str, Piece]:
         "packed": (lambda: _packed(parent, CONTEXT), lowering),
         **{name: (partial(_scored, parent, name), 60.0) for name in (SMALL, BESIDE[SMALL])},
         "rounding": (lambda: _rounding(parent), parent.forward_seconds(6 * PARITY_TOKENS)),
+        "digits": (lambda: _last_digits(parent), parent.forward_seconds(4 * PARITY_TOKENS)),
         "speed": (lambda: _speed(parent, SPEED), 120.0),
     }
     own = {name: Piece(f"{NAME}-{name}", make, seconds) for name, (make, seconds) in made.items()}
@@ -63,6 +65,7 @@ def figures(parent: Parent) -> Figures:
         "tensors": packed["tensors"],
         "packed_max_abs": packed["max_abs"],
         "packed_mean_kl": _entries(parent, "packed")[SMALL]["parity"]["mean_kl"],
+        "packed_kl_of_last_digits": made["digits"]["kl"],
         "files": {name: _row(entries[name], made.get(name, {}), rows[name]) for name in entries},
         "over_llama_cpp": {
             name: {kind: round(rows[name][kind]["median"] / rows[beside][kind]["median"], 3) for kind in _RATES}
@@ -137,6 +140,30 @@ def _packed(parent: Parent, context: int) -> Figures:
     [entry] = _exported(parent, folder, "packed", (SMALL,), context)["files"]
     tensors = len(json.loads((folder / "grids" / "grids.json").read_text())["tensors"])
     return {"bit_equal": entry["bit_equal"], "tensors": tensors, "max_abs": entry["parity"]["max_abs"]}
+
+
+def _last_digits(parent: Parent) -> Figures:
+    """What activations rounded to 8 bits make of a change in the last digits: KL in transformers to itself.
+
+    The model on its grid, with embeddings changed by 1e-6 of themselves: no two runtimes can be expected nearer.
+    """
+    import torch
+
+    from lmdistill.evaluation.divergence import kl
+
+    folder = parent.work / f"{NAME}-grid"
+    sequences = _export(parent, folder, _out(parent, "packed"), (SMALL,), CONTEXT).sequences()
+    spoken = []
+    for change in (0.0, 1e-6):
+        model = load_model(folder)
+        kept_on_its_grids(model, folder)
+        torch.manual_seed(0)
+        model.model.embed_tokens.register_forward_hook(
+            lambda _, ids, found, size=change: found * (1 + size * torch.randn_like(found))
+        )
+        with torch.no_grad():
+            spoken.append(torch.cat([model(torch.tensor([ids])).logits[0].log_softmax(-1) for ids in sequences]))
+    return {"kl": float(kl(*spoken).mean())}
 
 
 def _scored(parent: Parent, name: str) -> Figures:
