@@ -14,6 +14,7 @@ IMATRIX_TOKENS = START_TOKENS = 8_192  # that inputs are measured on, for import
 WARMUP_STEPS, DECAY, CALM_STEPS = 5, 0.2, 10  # a training: up, level, and down in its last fifth; a line of the log
 FLOPS = 1.2e11  # of two cores with AVX2, in float32: 60.5e9 each, measured on SmolLM2's shapes
 PASSES, LEARNED_PASSES = 3e-9, 9e-9  # seconds a weight and step: onto the grid, AdamW; and back to its scales
+POINT_PASSES = 4.5e-8  # the same where each point is learned
 CAPTURING = 1.8  # times a bare forward pass: the likeliest tokens and the cache's bytes besides
 COMPENSATING = 7e-7  # seconds a weight, to round weights so that later ones make good
 CACHE: dict[str, Any] = {"k": 1024, "precision": "float32"}  # what the parent says of that text, once for all ways
@@ -56,6 +57,8 @@ class Way:
 
     def step_seconds(self, weights: int) -> float:
         """About how long a step takes on two quiet cores: passes over all weights, and six operations a token."""
+        if self.preset == "points":
+            return weights * (POINT_PASSES + 6 * self.rows * self.row_tokens / FLOPS)
         passes = LEARNED_PASSES if self.keys.get("scales") == "learned" else PASSES
         return weights * (passes + 6 * self.rows * self.row_tokens / FLOPS)
 

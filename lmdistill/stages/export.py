@@ -45,9 +45,7 @@ class ExportConfig(StageConfig):
         default=None, description="`pte_…`: positions the caches hold; null: what the model knows, at most 2,048"
     )
     max_abs_f32: Annotated[float, AddedKey(), Field(gt=0)] = Field(
-        default=1e-4,
-        description="`pte_f32`: farthest that a logit may be from the checkpoint's, or 1e-5 of the largest where that "
-        "is more",
+        default=1e-4, description="`pte_f32`: farthest that a logit may be from the checkpoint's"
     )
     min_delegated: Annotated[float, AddedKey(), Field(ge=0, le=1)] = Field(
         default=0.95, description="`pte_…`: least share of the compute that XNNPACK must take"
