@@ -59,10 +59,10 @@ def load_tokenizer(folder: Path) -> Any:
 def refuse_packed(folder: Path, fix: str) -> None:
     """Raise PreflightError where the weights in a model folder are another program's packed integers."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    if "quantization_config" in config:
+    if packed := config.get("quantization_config"):
         raise PreflightError(
             f"the checkpoint {folder} is converted: its weights are packed integers",
-            why=f"its config.json has quantization_config ({config['quantization_config'].get('quant_method', '?')})",
+            why=f"its config.json has quantization_config ({packed.get('quant_method', '?')})",
             fix=fix,
         )
 

@@ -22,6 +22,19 @@ EMBEDDED = {
 
 
 SMOKE = ("test_smoke.py", "test_readme.py")  # they share one run of the smoke recipe
+LONGEST = ("deployment", "end_to_end", "training", "signals", "smoke", "benchmarks", "search", "pipeline", "teachers")
+
+
+def area(nodeid: str) -> str:
+    """The folder that a test is in, or what its file shares with files of another."""
+    file = Path(nodeid.split("::")[0])
+    return "smoke" if file.name in SMOKE else file.parent.name
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest areas first: with several workers none is left with a long one when the others have ended."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(area(item.nodeid), len(order)))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -31,8 +44,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByArea(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            file = Path(nodeid.split("::")[0])
-            return "smoke" if file.name in SMOKE else file.parent.name
+            return area(nodeid)
 
     return ByArea(config, log)
 

@@ -17,7 +17,7 @@ from lmdistill.errors import AssetError
 from lmdistill.pipeline.stage import Progress
 
 MODEL_PATTERNS = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json"]
-MODEL_PATTERNS += ["tokenizer*.json", "special_tokens_map.json", "chat_template.jinja"]
+MODEL_PATTERNS += ["tokenizer*.json", "special_tokens_map.json", "chat_template.jinja", "grids/grids.json"]
 DATA_PATTERNS = ["*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.json", "*.txt", "README.md"]
 
 

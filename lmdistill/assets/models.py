@@ -93,4 +93,10 @@ def _usable(folder: Path, spec: AssetSpec) -> Path:
             why="pickled weights (.bin, .pt) are never loaded",
             fix="convert them: load with transformers where you trust them, then save_pretrained",
         )
+    if (folder / "grids" / "scales.safetensors").exists() and not (folder / "grids" / "grids.json").exists():
+        raise AssetError(
+            f"{spec.source} is not a usable model folder",
+            why="grids/ has scales, and no grids.json that says which weights lie on them",
+            fix="bring the whole folder; without grids/ it is a model in full precision like any other",
+        )
     return folder

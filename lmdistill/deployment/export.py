@@ -202,7 +202,8 @@ class Limits:
         if name in ("f32", "pte_f32", "f16") and parity["top1_decided"] < self.top1:
             found.append(f"top-1 agreement {parity['top1_decided']:.4f} is below {self.top1}")
         if name == "pte_f32" and not parity["max_abs"] <= self.abs_f32:
-            found.append(f"a logit is {parity['max_abs']:.3g} off, above {self.abs_f32:.3g}")
+            off = f"a logit is {parity['max_abs']:.3g} off, above {self.abs_f32:.3g}"
+            found.append(f"{off} (they reach {parity['largest']:.3g}, and float32 has seven digits)")
         return found
 
 

@@ -72,7 +72,7 @@ def config_ahead(ctx: PreflightContext[Any], role: str) -> dict[str, Any] | None
 def student_ahead(ctx: PreflightContext[Any], teacher: Mapping[str, Any]) -> dict[str, Any] | None:
     """config.json of the student that a stage is built on, made or not; of a search the largest it may choose.
 
-    None where there is no such stage, or the student's shape is its checkpoint's.
+    None where there is no such stage, or the student's checkpoint is not on this machine yet.
     """
     return _ahead(_student_stage(ctx), teacher)
 
@@ -96,7 +96,18 @@ def _largest(config: Any, teacher: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _grown(config: Any, teacher: Mapping[str, Any]) -> dict[str, Any] | None:
+    if config.init == "checkpoint":
+        return _config_of(checkpoint_ahead(config))
     return planned_config(config.model_dump(), teacher)
+
+
+def checkpoint_ahead(student: Any) -> Path | None:
+    """The model folder that a student with these keys begins from, where it is on this machine."""
+    from lmdistill.assets import model_available
+
+    source = getattr(student, "source", None)
+    found = None if source is None else model_available(source)
+    return None if found is None else found.path
 
 
 _MAKERS = {"student": _grown, "search": _largest}

@@ -50,7 +50,8 @@ def _check_keys(keys: IntermediateKeys) -> None:
 
 def _check_layers(ctx: PreflightContext[DistillConfig], keys: IntermediateKeys) -> None:
     """Raise PreflightError where layers are out of range or not in the cache, or heads do not divide."""
-    reads, teacher, student = entry(keys.loss).reads, _teacher(ctx), _student(ctx)
+    reads, student = entry(keys.loss).reads, _student(ctx)
+    teacher = student if ctx.config.self_teacher else _teacher(ctx)
     if keys.layers == "grown":
         if not all(_records_growth(planned) for planned in ctx.inputs.get("student", ())):
             layer_maps.pairs(keys, reads, Depths(1, None))

@@ -45,23 +45,20 @@ def _loss(ctx: Context) -> None:
 def _sampler(ctx: Context) -> None:
     if importlib.util.find_spec("trl") is None:
         raise PreflightError(f"stage '{ctx.name}' needs trl", fix="pip install 'lmdistill[trl]'")
-    samplers.choose(ctx.config.sampler, ctx.runtime.resolve_device())
-
-
-def _grids(ctx: Context) -> None:
-    """A student of packed integers cannot learn; vLLM would be sent weights that are not the points trained at."""
-    from lmdistill.checkpoints import refuse_packed
     from lmdistill.quantization.planned import lies_on
 
+    on_grid = any(lies_on(student) is not None for student in ctx.inputs.get("student", ()))
+    samplers.choose(ctx.config.sampler, ctx.runtime.resolve_device(), on_grid)
+
+
+def _packed(ctx: Context) -> None:
+    """A student of packed integers cannot learn."""
+    from lmdistill.checkpoints import refuse_packed
+    from lmdistill.quantization.planned import folder_ahead
+
     for student in ctx.inputs.get("student", ()):
-        if student.artefact is not None:
-            refuse_packed(student.artefact.model().path, fix="give the checkpoint in full precision")
-        if ctx.config.sampler == "vllm" and (grid := lies_on(student)) is not None:
-            raise PreflightError(
-                f"stage '{ctx.name}': its student lies on '{grid}', and vLLM would sample from another model",
-                why="it is sent the weights that the gradient goes to, not the points that the student is trained at",
-                fix="set `sampler: transformers`",
-            )
+        if (folder := folder_ahead(student)) is not None:
+            refuse_packed(folder, fix="give the checkpoint in full precision")
 
 
 def _lengths(ctx: Context) -> None:
@@ -127,4 +124,4 @@ def _records(ctx: Context) -> None:
         )
 
 
-CHECKS: tuple[Callable[[Context], None], ...] = (_loss, _sampler, _grids, _lengths, _corpus_rows, _tokens, _records)
+CHECKS: tuple[Callable[[Context], None], ...] = (_loss, _sampler, _packed, _lengths, _corpus_rows, _tokens, _records)

@@ -84,6 +84,12 @@ def choose(name: str, device: str, on_grid: bool = False) -> str:
             f"no sampler is called '{name}'{nearest(name, (AUTO, *SAMPLERS))}",
             fix=f"one of: {', '.join((AUTO, *sorted(SAMPLERS)))}",
         )
+    if on_grid and name == "vllm":
+        raise PreflightError(
+            "the student lies on a grid, and vLLM would sample from another model",
+            why="it is sent the weights that the gradient goes to, not the points that the student is trained at",
+            fix="set `sampler: transformers`",
+        )
     if missing := _missing(name):
         raise PreflightError(
             f"sampler '{name}' needs {', '.join(missing)}",

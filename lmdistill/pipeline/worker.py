@@ -5,6 +5,7 @@ Started by `lmdistill.pipeline.process`, never by hand. Whatever a stage prints 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import json
@@ -15,7 +16,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lmdistill.asset_spec import AssetSpec
 from lmdistill.errors import LmdistillError, LockedError, StageError
@@ -189,5 +190,14 @@ def main() -> int:
     return status
 
 
+def leave(status: int) -> NoReturn:
+    """End at once: what came of the job is sent and checked, and to take torch apart would take seconds."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the log, on a disk that may be full
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -2,7 +2,7 @@
 
 Both lead to ordinary points of the grid: only which ones are taken differs.
 
-Axes: N blocks, B weights in a block, O outputs, D inputs of a layer.
+Axes: N blocks, B weights in a block, O outputs, D inputs of a layer, C of them at once.
 """
 
 from __future__ import annotations
@@ -67,29 +67,34 @@ def _error(grid: Grid, blocks_NB: torch.Tensor, scales: Scales, weight_NB: torch
 def compensated(grid: Grid, weights_OD: torch.Tensor, scales: Scales, second_DD: torch.Tensor) -> torch.Tensor:
     """Weights whose points have outputs nearest to the given weights' own: columns make good the errors before them.
 
-    That is GPTQ (arXiv 2210.17323, section 3) with scales chosen beforehand; `second_DD` is the second moment of the
-    layer's inputs. Returns `[O, D]` as they are before they are rounded, so that `grid` with `scales` gives GPTQ's
-    points, and training finds them as far from the next point as weights are, not all at half a step.
+    That is GPTQ (arXiv 2210.17323, section 3) with scales chosen beforehand, so that columns can go in the order of
+    their inputs' size: the errors of those that matter most find the most columns to make them good. `second_DD` is the
+    second moment of the layer's inputs. Returns `[O, D]` as they are before they are rounded, so that `grid` with
+    `scales` gives GPTQ's points, and training finds them as far from the next point as weights are, not all at half a
+    step.
     """
-    left_OD = weights_OD.detach().float().clone()
-    inverse_DD = _inverse_root(second_DD.float())
-    width = left_OD.shape[1]
+    order_D = second_DD.diagonal().argsort(descending=True, stable=True)
+    left_OD = weights_OD.detach().float()[:, order_D]
+    inverse_DD = _inverse_root(second_DD.float()[order_D][:, order_D])
+    width, places = left_OD.shape[1], order_D.tolist()
     for start in range(0, width, _COLUMNS):
         end = min(start + _COLUMNS, width)
         errors_OC = torch.empty_like(left_OD[:, start:end])
         for column in range(start, end):
-            points_O = _column_points(grid, left_OD, scales, column)
+            points_O = _column_points(grid, left_OD[:, column], scales, places[column])
             error_O = (left_OD[:, column] - points_O) / inverse_DD[column, column]
             left_OD[:, column + 1 : end].addr_(error_O, inverse_DD[column, column + 1 : end], alpha=-1)
             errors_OC[:, column - start] = error_O
         left_OD[:, end:] -= errors_OC @ inverse_DD[start:end, end:]
-    return left_OD
+    found_OD = torch.empty_like(left_OD)
+    found_OD[:, order_D] = left_OD
+    return found_OD
 
 
-def _column_points(grid: Grid, left_OD: torch.Tensor, scales: Scales, column: int) -> torch.Tensor:
-    """The points of one column, each on its own block's scales."""
+def _column_points(grid: Grid, weights_O: torch.Tensor, scales: Scales, column: int) -> torch.Tensor:
+    """The points of one column's weights, each on its own block's scales."""
     block, inside = divmod(column, grid.block)
-    blocks_OB = left_OD[:, block * grid.block : (block + 1) * grid.block]
+    blocks_OB = weights_O.unsqueeze(1).repeat(1, grid.block)
     own = {name: scale[:, block] for name, scale in scales.items()}
     return grid.points(grid.nearest(blocks_OB, own), own)[:, inside]
 

@@ -63,8 +63,8 @@ class QuantizeKeys(BaseModel):
     )
     self_teacher: Literal["frozen", "moving"] | None = Field(
         default=None,
-        description="a loss that runs a teacher (full_…) learns from the student in full precision: as it was, a "
-        "second copy; or as it is, the same weights without their grid; null: from the recipe's teacher",
+        description="losses that run a teacher (full_…, intermediate) learn from the student in full precision: as it "
+        "was, a second copy; or as it is, the same weights without their grid; null: from the recipe's teacher",
     )
 
     @model_validator(mode="after")

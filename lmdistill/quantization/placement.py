@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lmdistill.errors import IntegrityError
 from lmdistill.pipeline.files import fsync, write_text
 
 if TYPE_CHECKING:
+    import torch
+
     from lmdistill.quantization.grid import Grid
 
 FOLDER = "grids"

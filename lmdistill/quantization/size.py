@@ -78,11 +78,14 @@ def shared_bits(
 
 
 def gradient_norms(model: Any, names: Iterable[str], rows: Iterable[torch.Tensor]) -> dict[str, float]:
-    """Root mean square of the gradient of the text's loss in each parameter, over rows of token ids `[R, T]`."""
+    """Root mean square of the gradient of the text's summed loss in each parameter, over rows of token ids `[R, T]`."""
     parameters = dict(model.named_parameters())
     chosen = {name: parameters[name] for name in names}
     for ids_RT in rows:
-        model(input_ids=ids_RT, labels=ids_RT, use_cache=False).loss.backward()
+        predictions = ids_RT.shape[0] * (ids_RT.shape[1] - 1)
+        if not predictions:
+            continue
+        (model(input_ids=ids_RT, labels=ids_RT, use_cache=False).loss * predictions).backward()
     norms = {name: math.sqrt(float(one.grad.pow(2).mean())) for name, one in chosen.items() if one.grad is not None}
     model.zero_grad(set_to_none=True)
     return norms

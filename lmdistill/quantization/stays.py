@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lmdistill.errors import PreflightError
+from lmdistill.errors import LmdistillError, PreflightError
 from lmdistill.quantization.on_grid import kept_on_its_grids
 from lmdistill.quantization.placement import Placement
 
@@ -30,6 +30,7 @@ class StaysOnGrids(TrainerCallback):  # type: ignore[misc]
         self.model, self.folder = model, Path(folder)
         self.handle = kept_on_its_grids(model, self.folder)
         self.placement: Placement | None = None
+        self._training = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Raise PreflightError for what would train weights other than those that are saved."""
@@ -47,14 +48,28 @@ class StaysOnGrids(TrainerCallback):  # type: ignore[misc]
                 fix='set `liger_kernel_config={"fused_linear_cross_entropy": False}`',
             )
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """From here on the weights are not the points, and nothing is saved as if they were."""
+        self._training = True
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Have the weights lie on their points for good."""
+        self._training = False
         self._settle()
 
     def save(self, target: Path) -> None:
-        """Write the model, at its points for good, where it lies, and the tokenizer of its folder to `target`."""
+        """Write the model, at its points for good, where it lies, and the tokenizer of its folder to `target`.
+
+        Raises LmdistillError in the middle of a training: what comes after it would be in full precision.
+        """
         from lmdistill.checkpoints import save_model
 
+        if self._training and self.handle is not None:
+            raise LmdistillError(
+                f"a model on a grid cannot be saved as one to {target} while it is trained",
+                why="its weights would become their points, and it would learn on without its grid",
+                fix="save it after training; the trainer's own checkpoints (`save_steps`) are what goes on",
+            )
         self._settle()
         save_model(self.model, target, tokenizer_from=self.folder)
         if self.placement is not None:

@@ -22,7 +22,7 @@ class DistillStage(Stage[DistillConfig]):
     """Signals and a student in, a trained model out."""
 
     name = "distill"
-    version = 6
+    version = 7
     Config = DistillConfig
     inputs = (Input("signals", ("signals",)), Input("student", ("model", "student")))
     output = "model"

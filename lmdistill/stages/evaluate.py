@@ -69,7 +69,7 @@ class EvaluateStage(Stage[EvaluateConfig]):
     """Scores and times every artefact of the recipe; `gates` decide whether the run is good enough."""
 
     name = "evaluate"
-    version = 2
+    version = 3
     Config = EvaluateConfig
     inputs = (
         Input("corpus", ("corpus",)),

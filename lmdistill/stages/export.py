@@ -62,7 +62,7 @@ class ExportStage(Stage[ExportConfig]):
     """Writes a checkpoint's files and proves every one."""
 
     name = "export"
-    version = 1
+    version = 2
     Config = ExportConfig
     inputs = (Input("model", ("model", "student")), Input("corpus", ("corpus",), optional=True))
     output = "deployment"

@@ -63,7 +63,7 @@ class StudentStage(Stage[StudentConfig]):
     """Corpus (for calibration) and teacher in, an untrained or barely fitted student out."""
 
     name = "student"
-    version = 3
+    version = 4  # a checkpoint brings the record of where it lies
     Config = StudentConfig
     inputs = (Input("corpus", ("corpus",)),)
     output = "student"
@@ -76,7 +76,7 @@ class StudentStage(Stage[StudentConfig]):
     def preflight(self, ctx: PreflightContext[StudentConfig]) -> list[LmdistillError]:
         """The teacher can be grown from, and the shape is possible; a checkpoint has the corpus' tokens."""
         if ctx.config.init == "checkpoint":
-            _check_tokens(ctx)
+            _check_checkpoint(ctx)
             return []
         if ctx.teacher is None:
             return []
@@ -119,14 +119,17 @@ class StudentStage(Stage[StudentConfig]):
             )
 
 
-def _check_tokens(ctx: PreflightContext[StudentConfig]) -> None:
-    """Raise PreflightError where the checkpoint means other tokens by the corpus' ids, as far as both are here."""
+def _check_checkpoint(ctx: PreflightContext[StudentConfig]) -> None:
+    """Raise PreflightError where it has packed integers, or other tokens than the corpus, as far as both are here."""
     from lmdistill.assets import model_available
+    from lmdistill.checkpoints import refuse_packed
     from lmdistill.corpus.tokenizers import planned_tokenizer
     from lmdistill.teachers.token_maps import check_same_tokens, token_map
 
     assert ctx.config.source is not None
     folder, student = planned_tokenizer(ctx.one("corpus"), ctx.teacher), model_available(ctx.config.source)
+    if student is not None:
+        refuse_packed(student.path, fix="give the checkpoint in full precision that it was made from")
     if folder is None or student is None:
         return
     ours, theirs = f"the student {ctx.config.source.source}", "the corpus"

@@ -150,15 +150,19 @@ class DistillConfig(StageConfig):
     def _grid_fits(self) -> DistillConfig:
         if self.quantize and self.lora:
             raise ValueError("quantize: its gradient goes to the weights, and with lora they are frozen; drop one")
-        if self.quantize and self.quantize.self_teacher:
-            if not self.live:
-                raise ValueError(
-                    f"quantize.self_teacher needs a loss that runs a teacher (full_kl); {self.loss} runs none"
-                )
-            if any(entry.runs_teacher for entry in self.intermediate):
-                raise ValueError(
-                    "quantize.self_teacher: intermediate losses would run another teacher; drop one of them"
-                )
+        if not self.self_teacher:
+            return self
+        if not self.live and not self.intermediate:
+            raise ValueError(
+                f"quantize.self_teacher needs a loss that runs a teacher (full_kl, intermediate); {self.loss} runs none"
+            )
+        if self.intermediate and self.self_teacher == "moving":
+            raise ValueError("quantize.self_teacher: moving has no layers of its own to compare with; frozen")
+        if not all(entry.runs_teacher and entry.layers != "grown" for entry in self.intermediate):
+            raise ValueError(
+                "quantize.self_teacher: intermediate losses learn from the student itself, layer by layer; "
+                "set `live: true` and `layers: uniform`"
+            )
         return self
 
     @property
@@ -189,9 +193,8 @@ class DistillConfig(StageConfig):
     @property
     def runs_teacher(self) -> bool:
         """Whether the recipe's teacher runs beside the student, for any loss."""
-        return (self.live and not self.own_base and not self.self_teacher) or any(
-            entry.runs_teacher for entry in self.intermediate
-        )
+        beside = any(entry.runs_teacher for entry in self.intermediate)
+        return not self.self_teacher and (beside or (self.live and not self.own_base))
 
     @property
     def needs_cache(self) -> bool:

@@ -16,7 +16,7 @@ from lmdistill.training.config import DistillConfig
 def check_grids(ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
     """What `quantize` asks that the student, as far as it is known, cannot do."""
     from lmdistill.deployment.planned import config_ahead
-    from lmdistill.quantization.planned import lies_on
+    from lmdistill.quantization.planned import folder_ahead, lies_on
     from lmdistill.quantization.wanted import wanted
     from lmdistill.training.grid_refusals import refuse_converted
 
@@ -29,8 +29,8 @@ def check_grids(ctx: PreflightContext[DistillConfig]) -> list[LmdistillError]:
     student = ctx.one("student")
     try:
         config = config_ahead(ctx, "student")
-        if student.artefact is not None:
-            refuse_converted(student.artefact.model().path, ctx.config)
+        if (folder := folder_ahead(student)) is not None:
+            refuse_converted(folder, ctx.config)
         elif (preset := lies_on(student)) is not None:
             _refuse_planned(ctx, student, preset, config)
         if keys is not None and config is not None:
@@ -66,15 +66,17 @@ def _refuse_planned(
 
 def _refuse_other_keys(keys: QuantizeKeys, student: Planned, config: Mapping[str, Any] | None, named: str) -> None:
     """Raise PreflightError for other places than those it was put at, and for scales that would not be found again."""
-    from lmdistill.quantization.planned import put_there_by
+    from lmdistill.quantization.planned import placed_ahead
     from lmdistill.quantization.registry import get
-    from lmdistill.quantization.wanted import wanted
     from lmdistill.training.grid_refusals import lost_scales, refuse_other_places
 
-    first, last = put_there_by(student), getattr(student.config, "quantize", None)
-    if config is not None and first is not None:
-        refuse_other_places(keys, wanted(first, config), config, named)
+    lain, last = placed_ahead(student, config), getattr(student.config, "quantize", None)
+    if config is not None and lain is not None:
+        refuse_other_places(keys, lain, config, named)
+    if keys.scales != "follow":
+        return
     most = get(PRESETS[keys.grid].most if keys.grid in PRESETS else keys.grid)
-    followed = last is not None and last.scales == "follow" and most.finds_again
-    if keys.scales == "follow" and not (most.searches or followed):
-        raise lost_scales(named, keys.grid)
+    followed = last is not None and last.scales == "follow"
+    for grid in {most} if lain is None else set(lain.on_grids().values()):
+        if not (grid.searches or (followed and grid.finds_again)):
+            raise lost_scales(named, keys.grid)

@@ -15,6 +15,8 @@ from lmdistill.quantization.placement import Placement
 if TYPE_CHECKING:
     from lmdistill.training.config import DistillConfig
 
+LAST_DIGITS = 1e-6  # of a block's largest weight: less than any file's scale can be told apart by
+
 
 def refuse_converted(folder: Path, wanted: DistillConfig) -> None:
     """Raise PreflightError where the weights in a model folder are not those that training on this grid needs."""
@@ -66,12 +68,13 @@ def refuse_other_places(keys: QuantizeKeys, lain: Placement, config: Mapping[str
     """Raise PreflightError where a student lies otherwise than the recipe wants it: it stays where it is."""
     from lmdistill.quantization.wanted import wanted
 
-    asked = wanted(keys, config)
-    own = {"bits"} if keys.share_bits else set()  # shared out when it was put there
+    asked, given = wanted(keys, config), lain.options.values()
+    shared = keys.share_bits or len({one.get("bits") for one in given}) > 1
+    own = {"bits"} if shared else set()  # shared out when it was put there
     for name, kind in asked.grids.items():
         both = (one.options.get(name, {}) for one in (asked, lain))
         options, others = ({key: value for key, value in one.items() if key not in own} for one in both)
-        if (kind, options) != (own_kind := lain.grids.get(name), others):
+        if not _same_grid((kind, options), (own_kind := lain.grids.get(name, ""), others)):
             raise PreflightError(
                 f"{student} is converted: {name} lies on {own_kind} {others or ''}".rstrip(),
                 why=f"`quantize` asks for {kind} {options or ''}".rstrip(),
@@ -79,13 +82,29 @@ def refuse_other_places(keys: QuantizeKeys, lain: Placement, config: Mapping[str
             )
 
 
+def _same_grid(one: tuple[str, dict[str, Any]], other: tuple[str, dict[str, Any]]) -> bool:
+    """Whether both name one grid, an option left out being its default."""
+    from lmdistill.quantization.plan import FLOATS
+    from lmdistill.quantization.registry import get
+
+    if one == other or one[0] != other[0] or one[0] in FLOATS:
+        return one == other
+    return get(one[0], **one[1]) == get(other[0], **other[1])
+
+
 def _not_found_again(folder: Path, placement: Placement) -> str:
-    """The first tensor that its grid's own quantiser would move off its points; empty where there is none."""
+    """The first tensor that its grid's own quantiser would move off its points; empty where there is none.
+
+    A range in float32, which is not exactly that of its points, may move them in their last digits.
+    """
     from lmdistill.deployment.gguf_writer import open_checkpoint
 
     with open_checkpoint(folder) as checkpoint:
         for tensor, grid in placement.on_grids().items():
-            weights = checkpoint.tensor(tensor)
-            if not grid.searches and bool((grid.settled().fake_quantise(weights) != weights).any()):
+            if grid.searches:
+                continue
+            weights_NB = checkpoint.tensor(tensor).reshape(-1, grid.block)
+            moved_NB = (grid.settled().fake_quantise(weights_NB) - weights_NB).abs()
+            if bool((moved_NB > LAST_DIGITS * weights_NB.abs().amax(-1, keepdim=True)).any()):
                 return tensor
     return ""

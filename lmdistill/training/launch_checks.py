@@ -64,13 +64,25 @@ def _way(ctx: PreflightContext[DistillConfig], launch: LaunchSection) -> Iterato
     if launch.config is not None and not Path(launch.config).is_file():
         what = f"runtime.launch.config names {launch.config}, and no such file is there"
         yield PreflightError(what, fix="write one with `accelerate config --config_file PATH`")
-    if launch.way in ("fsdp", "deepspeed") and ctx.config.intermediate:
-        what = f"stage '{ctx.name}': `intermediate` reads blocks whose weights runtime.launch.{launch.way} spreads"
+    spread = _spread_by(launch)
+    if spread and ctx.config.intermediate:
+        what = f"stage '{ctx.name}': `intermediate` reads blocks whose weights runtime.launch.{spread} spreads"
         yield PreflightError(what, why="its hooks and critics are not sharded", fix="use DDP: drop the key")
-    if launch.way in ("fsdp", "deepspeed") and _on_a_grid(ctx):
-        what = f"stage '{ctx.name}': a student on a grid cannot be spread over processes by runtime.launch.{launch.way}"
+    if spread and _on_a_grid(ctx):
+        what = f"stage '{ctx.name}': a student on a grid cannot be spread over processes by runtime.launch.{spread}"
         yield PreflightError(what, why="points need whole blocks with their scales", fix="use DDP: drop the key")
-    if launch.way in ("fsdp", "deepspeed") and ctx.config.optimizer != "adamw":
+    if spread and ctx.config.optimizer != "adamw":
         what = f"stage '{ctx.name}': `optimizer: {ctx.config.optimizer}` cannot be spread over processes"
         why = "its blocks of 8-bit moments cross the borders of the shards"
         yield PreflightError(what, why=why, fix="use `optimizer: adamw` with it, or DDP")
+
+
+def _spread_by(launch: LaunchSection) -> str:
+    """The key that spreads the model itself over the processes; empty where each has the whole."""
+    from ruamel.yaml import YAML
+
+    if launch.config is None or not Path(launch.config).is_file():
+        return launch.way if launch.way in ("fsdp", "deepspeed") else ""
+    settings = YAML(typ="safe").load(Path(launch.config).read_text("utf-8"))
+    kind = str(settings.get("distributed_type", "")) if isinstance(settings, dict) else ""
+    return "config" if kind.upper() in ("FSDP", "DEEPSPEED") else ""

@@ -48,17 +48,19 @@ def put_student(student: Any, place: Place, keys: QuantizeKeys | None, reader: R
 
 
 def _rows(reader: Reader, tokens: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """The first rows of the training text, so many tokens, some at a time; padding is not measured."""
+    """The first rows of the training text, so many tokens, some at a time; padding is not measured, nor counted."""
     import numpy as np
     import torch
 
     from lmdistill.corpus.format import PAD
 
-    count = min(reader.rows, -(-tokens // reader.row_tokens))
-    for start in range(0, count, CALIBRATION_ROWS):
-        batch = reader.read(list(range(start, min(start + CALIBRATION_ROWS, count))))
+    start = 0
+    while tokens > 0 and start < reader.rows:
+        end = min(start + CALIBRATION_ROWS, start + -(-tokens // reader.row_tokens), reader.rows)
+        batch = reader.read(list(range(start, end)))
         tokens_RT = torch.from_numpy(batch.tokens_RT.astype(np.int64)).to(device)
         real_RT = torch.from_numpy(batch.flags_RT & PAD == 0).to(device)
+        start, tokens = end, tokens - int(real_RT.sum())
         if real_RT.all():
             yield tokens_RT
         else:

@@ -56,15 +56,10 @@ def train(reader: Reader, config: DistillConfig, place: Place, progress: Progres
     from lmdistill.training.ground_truth import settled
     from lmdistill.training.on_grids import grid_record
     from lmdistill.training.ordering import curriculum_record
-    from lmdistill.training.pairing import check_pair
     from lmdistill.training.student_forward import detach_loss
     from lmdistill.training.trainer import last_checkpoint
 
-    check_pair(config.loss, reader.sampled, f"the teacher cache {reader.folder}")
-    refuse_other_tokens(reader, place.student)
-    place.ranks.meet(place.device)
-    if place.ranks.first:
-        refuse_foreign_checkpoints(reader, config, place)
+    _check(reader, config, place)
     settings = _semantic(config)
     config, estimate = settled(reader, config, place, progress)
     set_seed(config.seed)
@@ -83,6 +78,17 @@ def train(reader: Reader, config: DistillConfig, place: Place, progress: Progres
     record |= {"start": place.student_digest, "text": reader.corpus_digest}
     paced = curriculum_record(config.curriculum, trainer.batches.order_N, place.work)
     return record | recorded(compared, place.student) | paced | lying
+
+
+def _check(reader: Reader, config: DistillConfig, place: Place) -> None:
+    """Raise what `train` does, before anything is loaded; the processes meet here."""
+    from lmdistill.training.pairing import check_pair
+
+    check_pair(config.loss, reader.sampled, f"the teacher cache {reader.folder}")
+    refuse_other_tokens(reader, place.student)
+    place.ranks.meet(place.device)
+    if place.ranks.first:
+        refuse_foreign_checkpoints(reader, config, place)
 
 
 def _prepared(config: DistillConfig, place: Place, reader: Reader) -> Any:

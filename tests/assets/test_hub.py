@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -19,6 +20,8 @@ FILES = {
     "config.json": b"{}",
     "tokenizer.json": b'{"model": {"vocab": {}}}',
     "model.safetensors": b"weights",
+    "grids/grids.json": b"{}",
+    "grids/scales.safetensors": b"scales",
     "pytorch_model.bin": b"pickle",
     "modeling.py": b"code",
 }
@@ -33,7 +36,8 @@ spec = AssetSpec(source=sys.argv[1])
 try:
     before = assets.available(spec)
     path = assets.fetch(spec, SilentProgress())
-    names = sorted(p.name for p in path.iterdir()) if path.is_dir() else [path.name]
+    files = [p for p in path.rglob("*") if p.is_file()]
+    names = sorted(p.relative_to(path).as_posix() for p in files) if path.is_dir() else [path.name]
     print(json.dumps([before is not None, names]))
 except LmdistillError as error:
     print(error)
@@ -56,7 +60,7 @@ class Hub(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in FILES]
             found = tree if "/tree/" in path else {"id": "org/name", "sha": COMMIT, "siblings": siblings}
             return self.send(200, json.dumps(found).encode(), body)
-        name = path.rpartition("/")[2]
+        name = unquote(path.removeprefix("/org/name/resolve/").partition("/")[2])
         if path.startswith("/org/name/resolve/") and name in FILES:
             return self.send(200, FILES[name], body)
         return self.send(404, b"", body)
@@ -95,7 +99,7 @@ def client(source: str, cache: Path, endpoint: str, **settings: str) -> str:
 
 
 def test_a_repository_is_fetched_once_without_pickles_and_code(hub: str, tmp_path: Path) -> None:
-    wanted = ["config.json", "model.safetensors", "tokenizer.json"]
+    wanted = ["config.json", "grids/grids.json", "grids/scales.safetensors", "model.safetensors", "tokenizer.json"]
     assert json.loads(client(f"hf:org/name@{COMMIT}", tmp_path, hub)) == [False, wanted]
     assert json.loads(client(f"hf:org/name@{COMMIT}", tmp_path, "http://127.0.0.1:9")) == [True, wanted]
     outside = [path for path in tmp_path.iterdir() if path.name not in ("hub", "locks", "receipts", "digests")]

@@ -110,6 +110,17 @@ def test_a_folder_that_lacks_something_is_refused(own_cache: Path, tmp_path: Pat
             use(AssetSpec(source=str(folder)))
 
 
+def test_scales_without_the_record_of_what_lies_on_them_are_refused(own_cache: Path, tmp_path: Path) -> None:
+    """A model that was trained on a grid would be taken for one in full precision."""
+    (tmp_path / "grids").mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors", "grids/scales.safetensors"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(AssetError, match=r"no grids\.json that says which weights lie on them"):
+        assets.model_available(AssetSpec(source=str(tmp_path)))
+    (tmp_path / "grids/grids.json").write_text("{}")
+    assert assets.model_available(AssetSpec(source=str(tmp_path))) is not None
+
+
 def test_a_data_file_is_no_model(own_cache: Path, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("{}")
     with pytest.raises(AssetError, match="is not a model"):

@@ -11,12 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 from lmdistill.checkpoints import load_model
+from lmdistill.corpus.format import CorpusReader
 from lmdistill.deployment.architectures import architecture_of
+from lmdistill.deployment.executorch.constants import verify_program
 from lmdistill.deployment.executorch.places import quantised_places
 from lmdistill.deployment.executorch.weighed import save_weighed
+from lmdistill.deployment.export import Export
 from lmdistill.deployment.gguf_writer import read_config
-from lmdistill.pipeline.stage import Artefact, Runtime, StageContext
+from lmdistill.errors import IntegrityError
+from lmdistill.pipeline.stage import Artefact, ModelRef, Runtime, StageContext
 from lmdistill.quantization.importance import measure
+from lmdistill.quantization.placement import Placement
 from lmdistill.quantization.registry import get
 from lmdistill.stages.export import ExportConfig, ExportStage
 
@@ -46,10 +51,11 @@ def test_weighed_scales_lose_less_of_what_reaches_a_layer(
 
 
 def test_a_program_is_made_with_an_importance_matrix(toy: Any, corpus: Artefact, tmp_path: Path) -> None:
-    """Its points are proven to be the weighed ones, its record names the text, no second model is left."""
+    """The file has the weighed points and not the plain ones, its record names the text, no second model is left."""
     pytest.importorskip("executorch")
+    source = toy("llama", num_hidden_layers=1)
     (tmp_path / "model/out").mkdir(parents=True)
-    (tmp_path / "model/out/model").symlink_to(toy("lfm2", **TWO_LAYERS))
+    (tmp_path / "model/out/model").symlink_to(source)
     (tmp_path / "out").mkdir()
     config = ExportConfig(formats=("pte_8da4w_all",), imatrix_tokens=100, parity_tokens=64, context=128)
     parent = Artefact("student", "distill", "model", "f" * 64, tmp_path / "model")
@@ -67,3 +73,15 @@ def test_a_program_is_made_with_an_importance_matrix(toy: Any, corpus: Artefact,
     assert entry["note"] == "imatrix of 100 tokens" and "bit_equal" not in entry
     assert 0 < entry["parity"]["mean_kl"] < 1 and entry["delegated"] >= 0.95
     assert not list(context.work.glob("*weighed*"))
+    text = _export(corpus, context.out, context.work).imatrix_text()
+    assert sum(map(len, text)) == 100
+    weighed = save_weighed(source, tmp_path / "again", "pte_8da4w_all", text)
+    verify_program(context.out / entry["file"], tmp_path / "again", weighed)
+    plain = Placement(quantised_places("pte_8da4w_all", architecture_of(read_config(source))), preset="8da4w")
+    with pytest.raises(IntegrityError):
+        verify_program(context.out / entry["file"], source, plain)
+
+
+def _export(corpus: Artefact, out: Path, work: Path) -> Export:
+    model = ModelRef("student", out, "0" * 64)
+    return Export(model, "toy", (), 0, 64, out, work, CorpusReader(corpus.out), imatrix_tokens=100)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lmdistill.checkpoints import copy_tokenizer, load_model, load_tokenizer
 from lmdistill.deployment.gguf_writer import read_config
 from lmdistill.deployment.packed_gguf import verify_packed, write_packed_gguf
-from lmdistill.errors import PreflightError
+from lmdistill.errors import LmdistillError, PreflightError
 from lmdistill.quantization.keys import QuantizeKeys
 from lmdistill.quantization.placement import Placement
 from lmdistill.quantization.stays import StaysOnGrids
@@ -107,6 +107,22 @@ def test_what_is_saved_before_the_end_of_training_lies_on_its_grid_too(on_grid: 
     assert lies is not None and not any("grid_" in name for name in after)
     for name, grid in lies.on_grids().items():
         assert torch.equal(grid.fake_quantise(after[name], lies.scales[name]), after[name]), name
+
+
+def test_saving_in_the_middle_of_a_training_is_refused(on_grid: Path, tmp_path: Path) -> None:
+    """The weights would become their points there, and the rest of the training would be in full precision."""
+    from transformers import TrainerCallback
+
+    trainer, stays = _sft(load_model(on_grid), on_grid, tmp_path / "work")
+
+    class Saves(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *given: Any, **_: Any) -> None:
+            stays.save(tmp_path / "early")
+
+    trainer.add_callback(Saves())
+    with pytest.raises(LmdistillError, match=r"cannot be saved as one to .*early while it is trained"):
+        trainer.train()
+    assert not (tmp_path / "early").exists()
 
 
 def test_trl_multiplies_with_the_heads_points_too(on_grid: Path, tmp_path: Path) -> None:

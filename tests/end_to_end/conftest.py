@@ -45,7 +45,7 @@ def teacher(toy_llama: Callable[..., Path], text: Path) -> Path:
     ids = tokenizer("\n".join(passages), return_tensors="pt").input_ids[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for step in range(TEACHER_STEPS):
-        batch = ids[step * 512 % (len(ids) - 512) :][:512].view(8, 64)
+        batch = ids[step * 256 % (len(ids) - 256) :][:256].view(4, 64)
         optimizer.zero_grad()
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from chain import STAGES, Chain
 
 GATES = "stages.evaluate.gates=[{of: distill, metric: nll, at_most: 0.5}, {of: ce, metric: nll, at_most: 99}]"
+BROKEN = ("--set", GATES, "--set", "stages.evaluate.tokens=64", "--set", "stages.evaluate.metrics=[]")
 
 
 def test_a_broken_gate_fails_the_run_and_not_the_report(upto: Callable[..., Chain], finished: Chain) -> None:
     chain = upto(*STAGES[:-1])
-    message = chain.fail("--set", GATES)
+    message = chain.fail(*BROKEN)
     page = chain.run_dir / "report.html"
     assert message.startswith("error: 1 quality gate of the recipe failed\n")
     assert "distill nll ≤ 0.5  measured " in message and "ce nll" not in message
@@ -24,7 +25,7 @@ def test_a_broken_gate_fails_the_run_and_not_the_report(upto: Callable[..., Chai
     assert chain.artefact("evaluate").is_dir(), "what was measured is kept"
 
     page.unlink()
-    done = chain.run("--set", GATES)
+    done = chain.run(*BROKEN)
     assert done.returncode == 2 and done.stderr == message, "a red report stays red when all is cached"
     assert "[8/8] evaluate: cached" in done.stdout
     assert "✗ broken" in page.read_text()

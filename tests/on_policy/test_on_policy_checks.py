@@ -93,6 +93,8 @@ def test_auto_takes_vllm_on_a_gpu_where_it_is_installed(monkeypatch: pytest.Monk
     monkeypatch.setattr(samplers, "_missing", lambda name: [])
     assert [choose("auto", device) for device in ("cpu", "cuda")] == ["transformers", "vllm"]
     assert choose("auto", "cuda", on_grid=True) == "transformers"
+    with pytest.raises(PreflightError, match="would sample from another model"):
+        choose("vllm", "cuda", on_grid=True)
     with pytest.raises(PreflightError, match="needs a GPU"):
         choose("vllm", "cpu")
     monkeypatch.setattr(samplers, "_missing", lambda name: ["vllm"])
@@ -121,7 +123,7 @@ def test_a_student_that_vllm_or_training_cannot_have_is_named(
     trained = Planned("qad", "distill", "model", "q" * 64, DistillConfig.model_validate({"quantize": {}}))
     inputs = {"student": [trained], "corpus": []}
     found = STAGE.preflight(PreflightContext("on_policy", config, inputs, teacher, tmp_path, Runtime("cuda")))
-    assert any("its student lies on 'q4_0', and vLLM would sample from another model" in one.what for one in found)
+    assert any("the student lies on a grid, and vLLM would sample from another model" in one.what for one in found)
     packed = tmp_path / "packed/out/model"
     shutil.copytree(teacher.path, packed)
     config_json = json.loads((packed / "config.json").read_text())

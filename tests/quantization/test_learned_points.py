@@ -132,11 +132,16 @@ def test_learned_points_survive_their_bytes(of: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q8_0", "q4_k", "8da4w", "uniform"])
-def test_fitted_scales_have_no_larger_error_in_any_block(name: str) -> None:
+def test_fitted_scales_have_no_larger_error_in_any_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are they others where blocks are gone through some at a time."""
     grid, weights = get(name), _weights()
     importance = torch.rand(256, generator=torch.Generator().manual_seed(2)) ** 4
     for weight in (None, importance):
         scales = fitted_scales(grid, weights, weight)
+        with monkeypatch.context() as few:
+            few.setattr("lmdistill.quantization.grid._CPU_CHUNK", 512)
+            apart = fitted_scales(grid, weights, weight)
+        assert all(torch.equal(apart[one], scale) for one, scale in scales.items())
         errors = [
             ((grid.fake_quantise(weights, one) - weights) ** 2 * (1 if weight is None else weight))
             .view(-1, grid.block)
@@ -158,6 +163,27 @@ def test_points_of_compensated_weights_keep_outputs_nearer_and_weights_lie_betwe
     assert 0.2 < off.mean() < 0.3  # of a step: as evenly as any weights lie
     errors = [((inputs @ (one - weights).T) ** 2).mean() for one in (points, grid.fake_quantise(weights))]
     assert errors[0] < 0.7 * errors[1]
+
+
+def test_inputs_of_a_block_are_compensated_alike_in_whatever_order_they_are_written() -> None:
+    """The largest goes first: written last, it would find no column left that could make its error good."""
+    grid, weights = get("q4_0"), _weights(32)
+    generator = torch.Generator().manual_seed(5)
+    size = torch.rand(256, generator=generator) ** 3 + 0.01
+    mixing = torch.randn(256, 256, generator=generator) / 16 + torch.eye(256)
+    inputs = torch.randn(2000, 256, generator=generator) @ mixing * size
+    shuffled = torch.cat([32 * block + torch.randperm(32, generator=generator) for block in range(8)])
+    scales = grid.quantise(weights).scales
+    errors = []
+    for order in (
+        torch.arange(256),
+        shuffled,
+        size.view(8, 32).argsort(1).add(32 * torch.arange(8)[:, None]).flatten(),
+    ):
+        seen, weights_OD = inputs[:, order], weights[:, order]
+        found = compensated(grid, weights_OD, scales, seen.T @ seen / len(seen))
+        errors.append(((seen @ (grid.fake_quantise(found, scales) - weights_OD).T) ** 2).mean().item())
+    assert errors[1:] == pytest.approx([errors[0]] * 2, rel=0.02)
 
 
 @settings(max_examples=60, deadline=None)

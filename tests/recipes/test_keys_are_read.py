@@ -97,6 +97,17 @@ def _is_foreign(value: ast.Attribute) -> bool:
     return not (isinstance(value.value, ast.Name) and value.value.id in ("ctx", "self", "entry", "step", "planned"))
 
 
+@cache
+def read_in(file: Path) -> frozenset[tuple[str, str]]:
+    return frozenset(reads(tree(file)))
+
+
+@cache
+def read_outside(model: type[BaseModel]) -> frozenset[tuple[str, str]]:
+    """What is read in the files in which a key of `model` may be."""
+    return frozenset(read for file in rooms(model) for read in read_in(file))
+
+
 def own_class(model: type[BaseModel]) -> ast.ClassDef:
     file = Path(inspect.getfile(model))
     return next(node for node in ast.walk(tree(file)) if isinstance(node, ast.ClassDef) and node.name == model.__name__)
@@ -112,9 +123,8 @@ def methods(model: type[BaseModel]) -> Iterator[ast.FunctionDef]:
 def is_read(model: type[BaseModel], name: str) -> bool:
     """Read from an instance outside the class, written out as a whole, or read by a method that is itself used."""
     receivers = NAMES[model.__name__] if model not in STAGES else {"config"}
-    outside = {read for file in rooms(model) for read in reads(tree(file))}
     whole = ["model_dump"] if model.__name__ in DUMPED else []
-    if any((receiver, attribute) in outside for receiver in receivers for attribute in (name, *whole)):
+    if any((receiver, attribute) in read_outside(model) for receiver in receivers for attribute in (name, *whole)):
         return True
     inside = [method.name for method in methods(model) if ("self", name) in reads(method)]
     return any(is_read(model, method) for method in inside)

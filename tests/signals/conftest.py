@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from captured_toy import captured
 from foreign_data import LENGTHS, save_tokenizer, spoken
 from signals_synthetic import always
 
@@ -22,6 +23,12 @@ def toys_are_packed():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compact, "pays", always)
         yield
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """A toy run with its corpus and its capture; tests copy what they spoil."""
+    return captured(tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture(scope="session")

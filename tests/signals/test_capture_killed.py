@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
-from robust import kills, toy_run
+from captured_toy import ROWS, SHARD_ROWS
+from robust import kills
 
-KILLS, ROWS, SHARD_ROWS = 3, 512, 16
+KILLS = 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells children of a death on Linux only")
-def test_killed_captures_end_with_the_bytes_of_an_undisturbed_one(tmp_path):
+def test_killed_captures_end_with_the_bytes_of_an_undisturbed_one(undisturbed, tmp_path):
     """Every kill falls between the first byte on disk and the end; `benchmarks/robustness.py` does fifty."""
-    toy = toy_run.make(tmp_path / "toy", "compact", ROWS, SHARD_ROWS)
-    toy.succeed(tmp_path / "base", "--until", "corpus")
-    found = kills.kill_many(toy, tmp_path / "base", tmp_path, KILLS, seed=3)
+    compact = replace(undisturbed.toy, settings=("--set", "stages.teach.variant=compact"))
+    found = kills.kill_many(compact, undisturbed.base, tmp_path, KILLS, seed=3)
     assert found["kills"] == KILLS
     assert found["different"] == 0
     assert found["files"] == 2 * (ROWS + ROWS // 4) // SHARD_ROWS + 1

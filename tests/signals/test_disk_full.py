@@ -6,31 +6,18 @@ import errno
 import os
 
 import pytest
-from robust import full_disk, toy_run
+from robust import full_disk
 from signals_synthetic import BATCH_ROWS, BigramEngine, capture, write_corpus
 
 from lmdistill.errors import StageError
 from lmdistill.signals import capture as capture_module
 from lmdistill.signals import writer as writer_module
 
-ROWS, SHARD_ROWS = 384, 16
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """A toy run, its scratch folder with `base` (a finished corpus) and `whole` (undisturbed), and whole's digests."""
-    scratch = tmp_path_factory.mktemp("full")
-    made = toy_run.make(scratch / "toy", "mmap", ROWS, SHARD_ROWS)
-    made.succeed(scratch / "base", "--until", "corpus")
-    made.succeed(toy_run.fresh_copy(scratch / "base", scratch / "whole"))
-    return made, scratch, toy_run.cache_files(scratch / "whole")
-
 
 @pytest.mark.parametrize("fill", [full_disk.fill_tmpfs, full_disk.limit_file_size])
-def test_a_disk_that_fills_up_is_said_and_the_run_goes_on(toy, fill):
+def test_a_disk_that_fills_up_is_said_and_the_run_goes_on(undisturbed, fill):
     """Through the command line, on a small tmpfs or with files that may not grow: message, status, equal bytes."""
-    made, scratch, expected = toy
-    found = fill(made, scratch / "base", expected, scratch)
+    found = fill(undisturbed.toy, undisturbed.base, undisturbed.files(), undisturbed.scratch)
     if "skipped" in found:
         pytest.skip(found["skipped"])
     if "before_work" in found:

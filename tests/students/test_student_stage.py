@@ -110,6 +110,12 @@ def test_a_checkpoint_on_a_grid_stays_there_and_packed_integers_are_refused(
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(PreflightError, match="its weights are packed integers"):
         _run(tmp_path / "b", corpus, None, init="checkpoint", source=str(folder))
+    begun = StudentConfig(init="checkpoint", source=str(folder))  # type: ignore[arg-type]
+    planned = Planned("corpus", "corpus", "corpus", "c" * 64, StageConfig(), {}, corpus)
+    with pytest.raises(PreflightError, match="its weights are packed integers"):
+        STAGE.preflight(PreflightContext("student", begun, {"corpus": [planned]}, None, tmp_path))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    assert STAGE.preflight(PreflightContext("student", begun, {"corpus": [planned]}, None, tmp_path)) == []
 
 
 def test_a_checkpoint_with_other_tokens_is_refused_with_the_ids(

@@ -179,6 +179,15 @@ def test_a_launch_that_fits_has_no_problem(tmp_path: Path) -> None:
     assert _problems(tmp_path, batch_rows=8, micro_rows=2) == []
 
 
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MULTI_GPU"])
+def test_a_configuration_of_ones_own_that_spreads_the_model_is_read(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(f"distributed_type: {kind}\n")
+    launch = {"num_processes": 1, "config": str(tmp_path / "own.yaml")}
+    told = [problem.what for problem in _problems(tmp_path, device="cuda", launch=launch, quantize={})]
+    spread = "a student on a grid cannot be spread over processes by runtime.launch.config"
+    assert any(spread in what for what in told) == (kind != "MULTI_GPU")
+
+
 def test_two_ways_at_once_are_refused_by_the_recipe() -> None:
     with pytest.raises(ValidationError, match="name one"):
         LaunchSection(num_processes=2, fsdp={}, deepspeed={})

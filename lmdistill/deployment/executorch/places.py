@@ -61,13 +61,14 @@ def placement_of(format_: Format, config: Mapping[str, Any], trained: Placement 
 def packed_format(model: Planned) -> str:
     """The format of a model trained on 8da4w: whether its embeddings lie there too decides."""
     from lmdistill.quantization.placement import FOLDER
-    from lmdistill.quantization.planned import put_there_by
+    from lmdistill.quantization.planned import folder_ahead, put_by, put_there
 
-    if model.artefact is not None:
-        tensors = json.loads((model.artefact.model().path / FOLDER / "grids.json").read_text("utf-8"))["tensors"]
-        return "pte_8da4w_all" if tensors[EMBEDDINGS] == GRID else "pte_8da4w"
-    keys = put_there_by(model)
-    return "pte_8da4w_all" if keys is not None and keys.embeddings == GRID else "pte_8da4w"
+    first = put_there(model) or model
+    if (folder := folder_ahead(first)) is not None:
+        embeddings = json.loads((folder / FOLDER / "grids.json").read_text("utf-8"))["tensors"][EMBEDDINGS]
+    else:
+        embeddings = put_by(first).embeddings
+    return "pte_8da4w_all" if embeddings == GRID else "pte_8da4w"
 
 
 def check_checkpoint(folder: Path) -> None:

@@ -62,9 +62,9 @@ class ExecutorchRuntime:
     """One `.pte`, open; a context manager. Raises IntegrityError where it does not load."""
 
     def __init__(self, path: Path, *, n_threads: int | None = None) -> None:
-        runtime = executorch_runtime()
         if not path.is_file():
             raise LmdistillError(f"no such file: {path}", fix="check the path of the .pte file")
+        runtime = executorch_runtime()
         from executorch.extension.pybindings import portable_lib
 
         self.path, self.n_threads = path, n_threads or default_threads()

@@ -1,7 +1,7 @@
 """A model put on the 8da4w grid with scales that fit its inputs: what an importance matrix is to a GGUF file.
 
-ExecuTorch has no such quantiser of its own. The scales are found as llama.cpp finds its own, by least squared error
-with each input's mean square as weight, and the program packs the very points.
+ExecuTorch has no such quantiser of its own. The scales are the best of some factors of the reference's, by squared
+error with each input's mean square as weight, as `start: weighted` finds them, and the program packs the very points.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from lmdistill.deployment.executorch.places import EVERYTHING, GRID
 from lmdistill.quantization.placement import Placement
 
 
-def save_weighed(source: Path, folder: Path, format_name: str, sequences: Sequence[Sequence[int]]) -> Placement:
+def save_weighed(
+    source: Path, folder: Path, format_name: str, sequences: Sequence[Sequence[int]], threads: int | None = None
+) -> Placement:
     """Write the model in `source` as points of a format, its inputs measured on token ids; where they lie.
 
     Embeddings and head have no inputs that are measured, and get the reference's scales.
@@ -26,6 +28,8 @@ def save_weighed(source: Path, folder: Path, format_name: str, sequences: Sequen
     from lmdistill.quantization.start import put_on_grids
     from lmdistill.quantization.wanted import wanted
 
+    if threads:
+        torch.set_num_threads(threads)
     ends = GRID if format_name.endswith(EVERYTHING) else None
     keys = QuantizeKeys(grid=GRID, embeddings=ends, start="weighted", scales="fixed")
     model = load_model(source)

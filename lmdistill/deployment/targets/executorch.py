@@ -112,7 +112,8 @@ class ExecutorchTarget(Target):
         folder, placement = export.model.path, self._placement(export, format_)
         weighed = export.work / f"{format_.name}-weighed"
         if export.weighs(format_):
-            placement, folder = save_weighed(folder, weighed, format_.name, export.imatrix_text()), weighed
+            text = export.imatrix_text()
+            placement, folder = save_weighed(folder, weighed, format_.name, text, export.threads), weighed
         sizes = ProgramSizes(context_of(read_config(folder), export.context))
         share = write_program(folder, target, placement, sizes, min_delegated=export.min_delegated)
         if folder == weighed:
