@@ -28,6 +28,9 @@ TRAINING: dict[str, Any] = {
 }
 POINTS_ALONE = TRAINING | {"freeze": ["*.weight"]}
 SHIPPED: dict[str, Any] = {"start": "compensated", "start_tokens": START_TOKENS, "scales": "learned"}
+OWN_LAYERS: dict[str, Any] = {"loss": "hidden_mse", "layers": "uniform", "live": True, "weight": 100.0}
+BESIDE = {"self_teacher": "frozen"}  # what the parent's layers are, from the parent itself; the head from its cache
+RANGES: dict[str, Any] = {"start": "weighted", "start_tokens": START_TOKENS, "scales": "learned"}
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,12 @@ class Way:
         return {"ptq": QuantizeKeys.model_validate(bare), "ptq_imatrix": weighted}
 
     def step_seconds(self, weights: int) -> float:
-        """About how long a step takes on two quiet cores: passes over all weights, and six operations a token."""
+        """About how long a step takes on two quiet cores: passes over weights; six operations a token, two to teach."""
         if self.preset == "points":
             return weights * (POINT_PASSES + 6 * self.rows * self.row_tokens / FLOPS)
         passes = LEARNED_PASSES if self.keys.get("scales") == "learned" else PASSES
-        return weights * (passes + 6 * self.rows * self.row_tokens / FLOPS)
+        operations = 8 if "self_teacher" in self.keys else 6
+        return weights * (passes + operations * self.rows * self.row_tokens / FLOPS)
 
     def config(self, steps: int, counts: Sequence[int]) -> DistillConfig:
         """A training of so many steps; those of all `counts` are the same up to where each goes down."""
@@ -82,11 +86,12 @@ def level_steps(count: int) -> int:
 
 
 def _shipped(name: str, preset: str, **step: int) -> Way:
-    return Way(name, preset, {"grid": preset, **SHIPPED}, **step)
+    training = TRAINING | {"intermediate": [OWN_LAYERS]}
+    return Way(name, preset, {"grid": preset, **SHIPPED, **BESIDE}, training=training, **step)
 
 
 def _narrow(name: str, grid: str, bits: int, **keys: Any) -> Way:
-    """Polino's algorithm 1, where points are learned together with his algorithm 2."""
+    """Polino's algorithm 1, with ranges that are learned; where points are learned, together with his algorithm 2."""
     return Way(name, grid, {"grid": grid, "bits": bits, "bucket": 192, **keys})
 
 
@@ -97,8 +102,8 @@ WAYS = {
         # so near to its parent that products in bfloat16 would be the larger error, and large steps too
         Way("Q8_0", "q8_0", {"grid": "q8_0"}, training=TRAINING | {"precision": "float32", "lr": 3e-5}),
         _shipped("8da4w", "8da4w"),
-        _narrow("uniform_2bit", "uniform", 2),
-        _narrow("uniform_3bit", "uniform", 3),
+        _narrow("uniform_2bit", "uniform", 2, **RANGES),
+        _narrow("uniform_3bit", "uniform", 3, **RANGES),
         _narrow("learned_points_2bit", "points", 2, scales="learned"),
         _narrow("learned_points_3bit", "points", 3, scales="learned"),
         # algorithm 2 by itself: weights as they are, points alone move
