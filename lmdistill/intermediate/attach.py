@@ -40,6 +40,7 @@ class Sources:
     student: Path  # its model folder: how it was grown is recorded beside it
     engine: LiveEngine | None  # a teacher that runs beside the student
     teacher: ModelRef | None  # the recipe's teacher, where there is one
+    own: bool = False  # the engine runs the student itself as it was: states are of one scale
 
     @property
     def teacher_blocks(self) -> int | None:
@@ -73,7 +74,8 @@ def attach(
     collator = SignalsCollator(sources.reader, isolate)
     if cached and isinstance(sources.reader, SignalsReader):
         collator = HiddenCollator(sources.reader, isolate, cached)
-    _calibrate(student, heads, {name: one.to(device) for name, one in collator(first[:CALIBRATION_ROWS]).items()})
+    if not sources.own:
+        _calibrate(student, heads, {name: one.to(device) for name, one in collator(first[:CALIBRATION_ROWS]).items()})
     student.add_module(HEADS, heads)
     student.forward = types.MethodType(_forward(student.forward if head else _body(student)), student)
     return collator

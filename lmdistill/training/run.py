@@ -247,7 +247,7 @@ def _trainer(model: Any, reader: Reader, config: DistillConfig, place: Place, pr
     attach_loss(student_of(model), phases.now, config.chunk, live, config.token_weights)
     collator = SignalsCollator(reader, reader.manifest.packing == "isolate", short=bool(config.batch_tokens))
     if config.intermediate:
-        sources = Sources(reader, place.student, teacher, place.teacher)
+        sources = Sources(reader, place.student, teacher, place.teacher, own=config.self_teacher is not None)
         collator = attach(
             model, config.intermediate, sources, batches.order_N.tolist(), config.seed, config.loss != "none"
         )
@@ -281,7 +281,8 @@ def _live(reader: Reader, config: DistillConfig, place: Place, model: Any) -> An
     from lmdistill.training.adapter import student_of
     from lmdistill.training.live_teacher import check_head, open_live
 
-    isolate = reader.manifest.packing == "isolate"
+    # A student's copy keeps documents apart as far as the student does.
+    isolate = reader.manifest.packing == "isolate" and not config.self_teacher
     teacher = open_live(place.live_teacher, place.student, config.precision, place.device, isolate)
     check_head(student_of(model), teacher, place.student)
     return teacher

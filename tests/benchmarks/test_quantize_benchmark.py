@@ -52,9 +52,9 @@ def run(world: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(quantize, "_parents", parents)
     monkeypatch.setitem(ways.CACHE, "k", 8)
     monkeypatch.setattr(ways, "WARMUP_STEPS", 1)
-    quick = {"training": ways.TRAINING | {"precision": "float32"}, "rows": 4, "row_tokens": 32}
     for name, way in quantize.WAYS.items():
-        monkeypatch.setitem(quantize.WAYS, name, replace(way, **quick))
+        quick = replace(way, training=way.training | {"precision": "float32"}, rows=4, row_tokens=32)
+        monkeypatch.setitem(quantize.WAYS, name, quick)
 
     def go(*arguments: str) -> dict[str, Any]:
         places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "quantize.json")]

@@ -222,7 +222,9 @@ def test_the_student_in_full_precision_teaches_its_layers_too(
     record = train_toy(tmp_path, given, student, loss=loss, quantize=keys, intermediate=[layers], lr=0.005)
     first, last = (record["log"][at]["hidden_mse"] for at in (0, -1))
     assert 0 < last < 0.8 * first
-    assert [pair[0] == pair[1] for pair in record["intermediate"][0]["pairs"]] == [True, True]
+    [compared] = record["intermediate"]
+    assert [pair[0] == pair[1] for pair in compared["pairs"]] == [True, True]
+    assert compared["scales"] == [1.0, 1.0], "it learns its own length back, too"
     assert _off_grid(tmp_path / "out/model") == []
 
 
