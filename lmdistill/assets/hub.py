@@ -17,7 +17,9 @@ from lmdistill.errors import AssetError
 from lmdistill.pipeline.stage import Progress
 
 MODEL_PATTERNS = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json"]
-MODEL_PATTERNS += ["tokenizer*.json", "special_tokens_map.json", "chat_template.jinja", "grids/grids.json"]
+MODEL_PATTERNS += ["tokenizer*.json", "special_tokens_map.json", "chat_template.jinja"]
+PLACEMENT = ("grids/grids.json", "grids/scales.safetensors")  # where the weights of a model lie
+MODEL_PATTERNS += PLACEMENT
 DATA_PATTERNS = ["*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.json", "*.txt", "README.md"]
 
 
@@ -41,6 +43,8 @@ def snapshot(location: Location) -> Path | None:
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     folder = Path(kept["folder"])
+    if len({(folder / name).exists() for name in PLACEMENT}) > 1:
+        return None  # one without the other says nothing: fetched anew
     return _pick(folder, location) if all((folder / name).exists() for name in kept["files"]) else None
 
 

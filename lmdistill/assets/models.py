@@ -8,6 +8,7 @@ from pathlib import Path
 from lmdistill.asset_spec import AssetSpec
 from lmdistill.assets.cache import cache_dir, locked, sha256_of
 from lmdistill.assets.fetching import CONVERTER_VERSION, available, fetch, identity
+from lmdistill.assets.hub import PLACEMENT
 from lmdistill.errors import AssetError, IntegrityError
 from lmdistill.pipeline.stage import ModelRef, Progress
 
@@ -93,10 +94,10 @@ def _usable(folder: Path, spec: AssetSpec) -> Path:
             why="pickled weights (.bin, .pt) are never loaded",
             fix="convert them: load with transformers where you trust them, then save_pretrained",
         )
-    if (folder / "grids" / "scales.safetensors").exists() and not (folder / "grids" / "grids.json").exists():
+    if len(there := [name for name in PLACEMENT if (folder / name).exists()]) == 1:
         raise AssetError(
             f"{spec.source} is not a usable model folder",
-            why="grids/ has scales, and no grids.json that says which weights lie on them",
-            fix="bring the whole folder; without grids/ it is a model in full precision like any other",
+            why=f"of the record where its weights lie it has {there[0]} alone",
+            fix=f"bring {' and '.join(PLACEMENT)}; with neither it is a model in full precision like any other",
         )
     return folder

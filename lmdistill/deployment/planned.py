@@ -64,7 +64,7 @@ def config_ahead(ctx: PreflightContext[Any], role: str) -> dict[str, Any] | None
     planned, teacher = ctx.one(role), _config_of(ctx.teacher.path if ctx.teacher else None)
     if planned.artefact is not None:
         return _config_of(planned.artefact.model().path)
-    if planned.stage == "teacher" or teacher is None:
+    if planned.stage == "teacher":
         return teacher
     return _ahead(planned if planned.stage in _MAKERS else _student_stage(ctx), teacher)
 
@@ -81,12 +81,14 @@ def _student_stage(ctx: PreflightContext[Any]) -> Planned | None:
     return next((made for stage in _MAKERS if (made := ctx.ancestor(stage)) is not None), None)
 
 
-def _ahead(made: Planned | None, teacher: Mapping[str, Any]) -> dict[str, Any] | None:
+def _ahead(made: Planned | None, teacher: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if made is None:
         return None
     if made.artefact is not None:
         return _config_of(made.artefact.model().path)
-    return _MAKERS[made.stage](made.config, teacher)
+    if (folder := checkpoint_ahead(made.config)) is not None:
+        return _whole_config(folder)
+    return None if teacher is None else _MAKERS[made.stage](made.config, teacher)
 
 
 def _largest(config: Any, teacher: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -96,8 +98,6 @@ def _largest(config: Any, teacher: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _grown(config: Any, teacher: Mapping[str, Any]) -> dict[str, Any] | None:
-    if config.init == "checkpoint":
-        return _config_of(checkpoint_ahead(config))
     return planned_config(config.model_dump(), teacher)
 
 
@@ -111,6 +111,19 @@ def checkpoint_ahead(student: Any) -> Path | None:
 
 
 _MAKERS = {"student": _grown, "search": _largest}
+
+
+def _whole_config(folder: Path) -> dict[str, Any] | None:
+    """A config.json that others wrote, with the keys that transformers fills in; None where it knows no such model."""
+    from transformers import AutoConfig
+
+    try:
+        found: dict[str, Any] = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).to_dict()
+    except (ValueError, KeyError, OSError):
+        return None
+    return found
 
 
 def _config_of(folder: Path | None) -> dict[str, Any] | None:

@@ -80,10 +80,11 @@ def _teacher(ctx: PreflightContext[DistillConfig]) -> Shape:
 def _student(ctx: PreflightContext[DistillConfig]) -> Shape:
     """Its config.json where it is made already, else what its stage's keys and the teacher say."""
     from lmdistill.deployment.planned import planned_config
+    from lmdistill.quantization.planned import folder_ahead
 
     for planned in ctx.inputs.get("student", ()):
-        if planned.artefact is not None:
-            made: dict[str, Any] = json.loads((planned.artefact.out / "model" / "config.json").read_text())
+        if (folder := folder_ahead(planned)) is not None:
+            made: dict[str, Any] = json.loads((folder / "config.json").read_text())
             return made
     stage, teacher = ctx.ancestor("student"), _teacher(ctx)
     return None if stage is None or teacher is None else planned_config(stage.config.model_dump(), teacher)

@@ -19,7 +19,7 @@ _COLUMNS = 128  # whose errors are made good at once in the columns after them
 def fitted_scales(
     grid: Grid, weights: torch.Tensor, importance_D: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Scales with the least squared error, weighted by each input's mean square where that is given.
+    """The scales of those tried that have the least squared error, weighted by inputs' mean squares where given.
 
     The reference's scales times factors of either sign are tried block by block, K-quants' by their block's scale.
     """

@@ -47,8 +47,8 @@ class QuantizeKeys(BaseModel):
     )
     start: Literal["reference", "fitted", "weighted", "compensated"] = Field(
         default="reference",
-        description="reference: the runtime's own scales; fitted: those of least squared error; weighted: with each "
-        "input's mean square; compensated: besides, weights rounded so that later ones make good (GPTQ)",
+        description="reference: the runtime's own scales; fitted: the best of some factors of those, by squared error; "
+        "weighted: with inputs' mean squares; compensated: besides, weights rounded so that others make good (GPTQ)",
     )
     start_tokens: Annotated[int, Field(ge=1)] = Field(
         default=16_384, description="tokens of training text that inputs are measured on, for the last two"

@@ -69,7 +69,14 @@ def trained_from(model: Planned) -> Iterator[Planned]:
 
 
 def in_full_precision(model: Planned) -> Planned | None:
-    """The model that one on a grid was before it was put there, however often it was trained since."""
+    """The model that one on a grid was before it was put there, however often it was trained since; None: unknown."""
     for up in trained_from(model):
-        return up if lies_on(up) is None else in_full_precision(up)
+        if lies_on(up) is not None:
+            return in_full_precision(up)
+        return None if _to_be_fetched(up) else up
     return None
+
+
+def _to_be_fetched(model: Planned) -> bool:
+    """Whether a student begins as a checkpoint that is not here yet, so that nothing is known of where it lies."""
+    return getattr(model.config, "init", "") == "checkpoint" and folder_ahead(model) is None

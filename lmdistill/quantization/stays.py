@@ -49,8 +49,17 @@ class StaysOnGrids(TrainerCallback):  # type: ignore[misc]
             )
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """From here on the weights are not the points, and nothing is saved as if they were."""
+        """From here on the weights are not the points."""
         self._training = True
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Raise LmdistillError where `save` has ended the grid: what followed would learn in full precision."""
+        if self._training and self.placement is not None:
+            raise LmdistillError(
+                "a model on a grid was saved in the middle of its training, and lies on its points for good",
+                why="its weights became their points, and it would learn on without its grid",
+                fix="save it after training; the trainer's own checkpoints (`save_steps`) are what goes on",
+            )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Have the weights lie on their points for good."""
@@ -60,16 +69,10 @@ class StaysOnGrids(TrainerCallback):  # type: ignore[misc]
     def save(self, target: Path) -> None:
         """Write the model, at its points for good, where it lies, and the tokenizer of its folder to `target`.
 
-        Raises LmdistillError in the middle of a training: what comes after it would be in full precision.
+        That ends a training: the next step is refused.
         """
         from lmdistill.checkpoints import save_model
 
-        if self._training and self.handle is not None:
-            raise LmdistillError(
-                f"a model on a grid cannot be saved as one to {target} while it is trained",
-                why="its weights would become their points, and it would learn on without its grid",
-                fix="save it after training; the trainer's own checkpoints (`save_steps`) are what goes on",
-            )
         self._settle()
         save_model(self.model, target, tokenizer_from=self.folder)
         if self.placement is not None:

@@ -66,13 +66,20 @@ def _refuse_planned(
 
 def _refuse_other_keys(keys: QuantizeKeys, student: Planned, config: Mapping[str, Any] | None, named: str) -> None:
     """Raise PreflightError for other places than those it was put at, and for scales that would not be found again."""
-    from lmdistill.quantization.planned import placed_ahead
+    from lmdistill.quantization.planned import folder_ahead, placed_ahead, put_by, put_there
     from lmdistill.quantization.registry import get
     from lmdistill.training.grid_refusals import lost_scales, refuse_other_places
 
     lain, last = placed_ahead(student, config), getattr(student.config, "quantize", None)
     if config is not None and lain is not None:
         refuse_other_places(keys, lain, config, named)
+    first = put_there(student)
+    if first is not None and folder_ahead(first) is None and put_by(first).share_bits and not keys.share_bits:
+        raise PreflightError(
+            f"{named} will have its bits shared out among its tensors",
+            why=f"`quantize` asks for as many in each, and stage '{first.name}' has `share_bits`",
+            fix=f"set `quantize.share_bits: {put_by(first).share_bits}` here too",
+        )
     if keys.scales != "follow":
         return
     most = get(PRESETS[keys.grid].most if keys.grid in PRESETS else keys.grid)

@@ -68,9 +68,8 @@ def refuse_other_places(keys: QuantizeKeys, lain: Placement, config: Mapping[str
     """Raise PreflightError where a student lies otherwise than the recipe wants it: it stays where it is."""
     from lmdistill.quantization.wanted import wanted
 
-    asked, given = wanted(keys, config), lain.options.values()
-    shared = keys.share_bits or len({one.get("bits") for one in given}) > 1
-    own = {"bits"} if shared else set()  # shared out when it was put there
+    asked = wanted(keys, config)
+    own = {"bits"} if keys.share_bits else set()  # shared out when it was put there
     for name, kind in asked.grids.items():
         both = (one.options.get(name, {}) for one in (asked, lain))
         options, others = ({key: value for key, value in one.items() if key not in own} for one in both)

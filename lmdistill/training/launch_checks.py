@@ -80,9 +80,15 @@ def _way(ctx: PreflightContext[DistillConfig], launch: LaunchSection) -> Iterato
 def _spread_by(launch: LaunchSection) -> str:
     """The key that spreads the model itself over the processes; empty where each has the whole."""
     from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     if launch.config is None or not Path(launch.config).is_file():
         return launch.way if launch.way in ("fsdp", "deepspeed") else ""
-    settings = YAML(typ="safe").load(Path(launch.config).read_text("utf-8"))
+    try:
+        settings = YAML(typ="safe").load(Path(launch.config).read_text("utf-8"))
+    except (YAMLError, UnicodeDecodeError) as error:
+        what = f"{launch.config}, which runtime.launch.config names, is no YAML"
+        fix = "write one with `accelerate config --config_file PATH`"
+        raise PreflightError(what, why=str(error).strip().splitlines()[0], fix=fix) from error
     kind = str(settings.get("distributed_type", "")) if isinstance(settings, dict) else ""
-    return "config" if kind.upper() in ("FSDP", "DEEPSPEED") else ""
+    return "config" if kind.upper() in ("FSDP", "DEEPSPEED", "MEGATRON_LM") else ""

@@ -109,8 +109,8 @@ def test_what_is_saved_before_the_end_of_training_lies_on_its_grid_too(on_grid: 
         assert torch.equal(grid.fake_quantise(after[name], lies.scales[name]), after[name]), name
 
 
-def test_saving_in_the_middle_of_a_training_is_refused(on_grid: Path, tmp_path: Path) -> None:
-    """The weights would become their points there, and the rest of the training would be in full precision."""
+def test_saving_in_the_middle_of_a_training_ends_it(on_grid: Path, tmp_path: Path) -> None:
+    """The weights become their points there, and the rest of the training would be in full precision."""
     from transformers import TrainerCallback
 
     trainer, stays = _sft(load_model(on_grid), on_grid, tmp_path / "work")
@@ -120,9 +120,12 @@ def test_saving_in_the_middle_of_a_training_is_refused(on_grid: Path, tmp_path: 
             stays.save(tmp_path / "early")
 
     trainer.add_callback(Saves())
-    with pytest.raises(LmdistillError, match=r"cannot be saved as one to .*early while it is trained"):
+    with pytest.raises(LmdistillError, match="was saved in the middle of its training"):
         trainer.train()
-    assert not (tmp_path / "early").exists()
+    lies, early = Placement.load(tmp_path / "early"), load_file(tmp_path / "early/model.safetensors")
+    assert lies is not None and trainer.state.global_step == 1
+    for name, grid in lies.on_grids().items():
+        assert torch.equal(grid.fake_quantise(early[name], lies.scales[name]), early[name]), name
 
 
 def test_trl_multiplies_with_the_heads_points_too(on_grid: Path, tmp_path: Path) -> None:

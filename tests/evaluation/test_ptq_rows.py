@@ -7,6 +7,7 @@ import pytest
 from lmdistill.evaluation.ptq_rows import missing_ptq
 from lmdistill.pipeline.stage import Planned
 from lmdistill.stages.export import ExportConfig
+from lmdistill.stages.student import StudentConfig
 from lmdistill.training.config import DistillConfig
 
 PARENT = Planned("distill", "distill", "model", "p" * 64, DistillConfig())
@@ -52,6 +53,15 @@ def test_programs_need_the_same_of_their_own_format() -> None:
     assert "quantised to pte_8da4w_all with an importance matrix is not" in problem
     other = _export("files", PARENT, "pte_8da4w")
     assert len(list(missing_ptq("evaluate", [export, other, weighed]))) == 1
+
+
+def test_a_checkpoint_that_is_yet_to_be_fetched_may_lie_on_a_grid_itself() -> None:
+    """Then it is no parent in full precision: nothing is asked for before it is here."""
+    begun = StudentConfig(init="checkpoint", source=f"hf:org/never-fetched@{'c' * 40}")  # type: ignore[arg-type]
+    student = Planned("student", "student", "student", "s" * 64, begun)
+    keys = DistillConfig.model_validate({"quantize": {"grid": "q4_0"}})
+    trained = Planned("qad", "distill", "model", "q" * 64, keys, {"student": [student]})
+    assert list(missing_ptq("evaluate", [_export("qad_files", trained, "q4_0")])) == []
 
 
 def test_files_that_are_not_trained_on_their_grid_need_nothing_beside_them() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -167,6 +169,14 @@ def test_the_last_words_of_an_ended_process_are_heard_however_late() -> None:
 
     heard = list(process._messages(cast("Any", Ended())))
     assert heard == [{"type": "result", "result": {}}]
+
+
+def test_a_process_that_ends_at_once_has_said_everything_and_called_its_exit_handlers() -> None:
+    lines = "import atexit; from lmdistill.pipeline.worker import leave; atexit.register(print, 'left', end='')"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{lines}; print('said', end=' '); leave(3)"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (3, "said left")
 
 
 def test_only_a_lack_of_memory_is_called_so() -> None:

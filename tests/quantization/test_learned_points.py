@@ -166,7 +166,7 @@ def test_points_of_compensated_weights_keep_outputs_nearer_and_weights_lie_betwe
 
 
 def test_inputs_of_a_block_are_compensated_alike_in_whatever_order_they_are_written() -> None:
-    """The largest goes first: written last, it would find no column left that could make its error good."""
+    """The largest goes first, with nobody's error to make good: last, it would find no column for its own."""
     grid, weights = get("q4_0"), _weights(32)
     generator = torch.Generator().manual_seed(5)
     size = torch.rand(256, generator=generator) ** 3 + 0.01
@@ -182,6 +182,8 @@ def test_inputs_of_a_block_are_compensated_alike_in_whatever_order_they_are_writ
     ):
         seen, weights_OD = inputs[:, order], weights[:, order]
         found = compensated(grid, weights_OD, scales, seen.T @ seen / len(seen))
+        first = seen.pow(2).mean(0).argmax()
+        assert torch.equal(found[:, first], weights_OD[:, first])
         errors.append(((seen @ (grid.fake_quantise(found, scales) - weights_OD).T) ** 2).mean().item())
     assert errors[1:] == pytest.approx([errors[0]] * 2, rel=0.02)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_a_planned_student_lies_where_the_recipe_puts_it(
     ("first", "second"),
     [
         ({"grid": "uniform", "bucket": 16}, {"grid": "uniform", "bucket": 16, "bits": 4}),
-        (THREE_BITS | {"share_bits": "logarithmic"}, THREE_BITS),
+        (THREE_BITS | {"share_bits": "logarithmic"}, THREE_BITS | {"share_bits": "logarithmic"}),
         (THREE_BITS, THREE_BITS),
     ],
     ids=["default", "shared", "same"],
@@ -85,6 +86,14 @@ def test_a_planned_student_is_trained_on_where_it_will_lie(
     source = Planned("student", "student", "student", "d" * 64, DistillConfig(), {}, student)
     teacher = ModelRef("teacher", _model(student), "t" * 64)
     assert _preflight(_quantize(second), _planned(_quantize(first), source), teacher, tmp_path) == []
+
+
+def test_bits_that_will_be_shared_out_are_not_asked_for_alike(student: Artefact, tmp_path: Path) -> None:
+    source = Planned("student", "student", "student", "d" * 64, DistillConfig(), {}, student)
+    earlier = _planned(_quantize(THREE_BITS | {"share_bits": "logarithmic"}), source)
+    teacher = ModelRef("teacher", _model(student), "t" * 64)
+    [problem] = _preflight(_quantize(THREE_BITS), earlier, teacher, tmp_path)
+    assert "will have its bits shared out" in problem and "set `quantize.share_bits: logarithmic` here too" in problem
 
 
 def test_a_checkpoint_that_lies_on_a_grid_is_seen_before_a_student_is_made_of_it(
@@ -121,6 +130,24 @@ def test_a_planned_student_on_a_grid_has_nothing_to_teach_itself(tmp_path: Path)
     student = Planned("first", "distill", "model", "f" * 64, earlier)
     [problem] = _preflight(DistillConfig.model_validate(own), student, None, tmp_path)
     assert "its student lies on a grid, and `quantize.self_teacher: moving` has nothing to teach it" in problem
+
+
+def test_others_checkpoints_may_leave_out_what_transformers_fills_in(student: Artefact, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(_model(student), folder)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("num_key_value_heads", "tie_word_embeddings"):
+        del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    begun = StudentConfig(init="checkpoint", source=str(folder))  # type: ignore[arg-type]
+    source = Planned("student", "student", "student", "d" * 64, begun)
+    teacher = ModelRef("teacher", _model(student), "t" * 64)
+    estimate = DistillStage().estimate(
+        PreflightContext("distill", DistillConfig(), {"student": [source]}, teacher, tmp_path)
+    )
+    assert estimate.seconds is not None and estimate.seconds > 0
+    [problem] = _preflight(_quantize({"grid": "q4_0"}), source, None, tmp_path)
+    assert "rows of 48 weights cannot be put on grid 'q4_0'" in problem, "without a teacher too"
 
 
 def test_layers_are_the_students_own_where_it_teaches_itself(student: Artefact, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_distill_stage import KEYS, STAGE, _train
 
-from lmdistill.errors import LmdistillError, StageError
+from lmdistill.errors import LmdistillError, PreflightError, StageError
 from lmdistill.pipeline.jobs import artefact_to_json
 from lmdistill.pipeline.launch_keys import LaunchSection
 from lmdistill.pipeline.launcher import outcome
@@ -186,6 +186,12 @@ def test_a_configuration_of_ones_own_that_spreads_the_model_is_read(kind: str, t
     told = [problem.what for problem in _problems(tmp_path, device="cuda", launch=launch, quantize={})]
     spread = "a student on a grid cannot be spread over processes by runtime.launch.config"
     assert any(spread in what for what in told) == (kind != "MULTI_GPU")
+
+
+def test_a_configuration_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("distributed_type: [FSDP")
+    with pytest.raises(PreflightError, match=r"own\.yaml, which runtime\.launch\.config names, is no YAML"):
+        _problems(tmp_path, device="cuda", launch={"num_processes": 1, "config": str(tmp_path / "own.yaml")})
 
 
 def test_two_ways_at_once_are_refused_by_the_recipe() -> None:

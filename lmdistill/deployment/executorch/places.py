@@ -63,7 +63,8 @@ def packed_format(model: Planned) -> str:
     from lmdistill.quantization.placement import FOLDER
     from lmdistill.quantization.planned import folder_ahead, put_by, put_there
 
-    first = put_there(model) or model
+    first = put_there(model)
+    assert first is not None  # it lies on 8da4w
     if (folder := folder_ahead(first)) is not None:
         embeddings = json.loads((folder / FOLDER / "grids.json").read_text("utf-8"))["tensors"][EMBEDDINGS]
     else:

@@ -69,10 +69,13 @@ class ExecutorchTarget(Target):
     def check_model(self, model: Planned) -> None:
         """Raise PreflightError for scales or groups that XNNPACK does not have."""
         from lmdistill.deployment.executorch.places import check_checkpoint, check_grid_options
+        from lmdistill.quantization.planned import folder_ahead, put_by, put_there
 
-        if model.artefact is not None:
-            check_checkpoint(model.artefact.model().path)
-        elif (keys := getattr(model.config, "quantize", None)) is not None and keys.grid == "8da4w":
+        first = put_there(model)
+        folder = folder_ahead(model) or (folder_ahead(first) if first else None)
+        if folder is not None:
+            check_checkpoint(folder)
+        elif first is not None and (keys := put_by(first)).grid == "8da4w":
             check_grid_options(keys.options())
 
     def packed_formats(self, model: Planned, preset: str) -> tuple[str, ...]:
