@@ -11,7 +11,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 LLAMA := $(shell grep '^llama-cpp-python==' constraints.txt)
 RECIPE ?= recipes/lfm_small.yaml
 
-TEST_WORKERS ?= 3
+TEST_WORKERS ?= 2
 
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
