@@ -55,7 +55,7 @@ def test_a_missing_file(fresh: Chain, text: Path) -> None:
 def test_a_wrong_sha256(fresh: Chain, text: Path) -> None:
     wrong = "a" * 64
     fresh.change(f"[{text}]", f"[{{source: {text}, sha256: {wrong}}}]")
-    message = fresh.fail("--until", "corpus")
+    message = fresh.fail()
     assert str(text) in message and wrong in message
     assert "do:  " in message
     assert not list(fresh.run_dir.glob("[0-9]*"))
@@ -74,7 +74,7 @@ def test_a_student_with_another_token_map(fresh: Chain, teacher: Path, tmp_path:
 
 def test_k_above_the_vocabulary(fresh: Chain) -> None:
     fresh.change("    k: 16", "    k: 50000")
-    message = fresh.fail("--until", "teach")
+    message = fresh.fail()
     assert message == ("error: k is 50000, the teacher's vocabulary has 49152 tokens\n  do:  set k to 49152 or less\n")
     assert not list(fresh.run_dir.glob("[0-9]*"))
 
