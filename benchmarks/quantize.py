@@ -7,8 +7,9 @@ The parents are the student that a finished run of recipes/lfm_small.yaml distil
 is that run's, more of it than the run had time for to train on, and what it held out to score. For each way: the parent
 quantised afterwards (`ptq`), the same with an importance matrix (`ptq_imatrix`), where training on the grid begins, and
 where it is after so many steps (of uniform grids and learned points few and small ones, to compare them with each
-other). All steps of a way are one training at one step size, and each count has a way down of its own, its last fifth
-(benchmarks/grids/trained.py). What the parent says of the text is captured once for all ways.
+other). A way's trainings begin as one, and each count has a way down of its own, from its first fifth on
+(benchmarks/grids/trained.py). The parent runs beside the training, or is captured once for all ways that do not ask it
+for its layers.
 GGUF grids are measured as files in llama.cpp, others in transformers. `recovered` is 1 − KL(QAD) / KL(best PTQ) after
 the most steps.
 
@@ -45,7 +46,7 @@ from lmdistill.errors import LmdistillError
 from lmdistill.pipeline.stage import SilentProgress
 
 RESULT = Path(__file__).parent / "results" / "quantize.json"
-MOST_STEPS = 500
+MOST_STEPS, MOST_BESIDE = 500, 2000
 ALL = [*WAYS, executorch.NAME]
 TABLE = ("kl_ptq", "kl_ptq_imatrix", "kl_start")
 
@@ -127,7 +128,10 @@ def _parents(arguments: argparse.Namespace, deadline: Deadline) -> list[Parent]:
     }
     corpora = {}
     for length in sorted({way.row_tokens for way in WAYS.values()}):
-        most = {name: max(MOST_STEPS, *_steps(name, arguments)) for name in WAYS}  # fewer steps read the same text
+        # Fewer steps read the same text; where nothing is captured, text costs nothing.
+        most = {
+            name: max(MOST_STEPS if way.cached else MOST_BESIDE, *_steps(name, arguments)) for name, way in WAYS.items()
+        }
         rows = max(most[name] * way.rows for name, way in WAYS.items() if way.row_tokens == length)
         folder = arguments.work / f"corpus-{length}-{rows}"
         corpora[length] = training_corpus(arguments.run, folder, length, rows * length)

@@ -26,7 +26,9 @@ from lmdistill.evaluation.runtimes.checkpoint import CheckpointRuntime
 from lmdistill.evaluation.scorer import score, summarise
 from lmdistill.pipeline.files import sha256_file
 from lmdistill.pipeline.stage import ModelRef, SilentProgress
-from lmdistill.training.run import bind
+from lmdistill.signals.reader import SignalsReader
+from lmdistill.training.corpus_rows import CorpusRows
+from lmdistill.training.run import Reader, bind
 
 Figures = dict[str, Any]
 
@@ -156,15 +158,17 @@ class Parent:
         """The parent's own predictions of what is scored."""
         return self.work / "reference.f32"
 
-    def signals(self, way: Way) -> Path:
-        """Those of what is trained on, in rows as the way takes them."""
-        return self._signals(way) / "out"
+    def reader(self, way: Way) -> Reader:
+        """What is trained on, in rows as the way takes them."""
+        if way.cached:
+            return SignalsReader(self._signals(way) / "out", "train")
+        return CorpusRows(self.corpora[way.row_tokens], "train")
 
     def _signals(self, way: Way) -> Path:
         return self.work / f"signals-{way.row_tokens}"
 
     def spoken(self, way: Way) -> dict[str, Piece]:
-        """Both, as pieces of work."""
+        """The parent's predictions, as pieces of work: of what is scored, and for some ways of what is trained on."""
         model, corpus = ModelRef(self.name, self.folder, self.digest), self.corpora[way.row_tokens]
         text = CorpusReader(corpus).meta.splits["train"].tokens
 
@@ -172,10 +176,10 @@ class Parent:
             captured(corpus, model, CACHE, self._signals(way), self.deadline)
             return {"tokens": text}
 
-        return {
-            "parent": self.alone,
-            "capture": Piece(f"capture-{way.row_tokens}", capture, CAPTURING * self.forward_seconds(text)),
-        }
+        if not way.cached:
+            return {"parent": self.alone}
+        seconds = CAPTURING * self.forward_seconds(text)
+        return {"parent": self.alone, "capture": Piece(f"capture-{way.row_tokens}", capture, seconds)}
 
     @property
     def alone(self) -> Piece:

@@ -1,7 +1,7 @@
 """Parents of benchmarks/quantize.py trained on a grid: one level stretch, with a way down at every count of steps.
 
-A training of 50 steps goes down in its last ten; one of 200 is the same for the first 40, and takes them over. So the
-figures at 50, 200 and 500 steps are those of three whole trainings, with their own decay, in 550 steps instead of 750.
+A training of 50 steps goes down from its tenth on; one of 200 is the same for the first ten, and takes them over. The
+figures at 50, 200 and 500 steps are those of three whole trainings, with their own decay, in 700 steps instead of 750.
 `python benchmarks/quantize.py` runs them in this order; without an earlier one a training begins at its beginning.
 """
 
@@ -16,7 +16,6 @@ from pathlib import Path
 from grids.measured import measured
 from grids.parent import Figures, Parent, Piece
 from grids.ways import Way, level_steps
-from lmdistill.signals.reader import SignalsReader
 from lmdistill.training.on_grids import START
 from lmdistill.training.run import Place, train
 
@@ -43,7 +42,7 @@ def _trained(parent: Parent, way: Way, counts: Sequence[int], place: int) -> Fig
     folders = [_folder(parent, way, each) for each in counts]
     folder = folders[place]
     _linked(parent.work / way.name / START, folder / "work" / START)
-    reader = SignalsReader(parent.signals(way), "train")
+    reader = parent.reader(way)
     config = way.config(count, counts)
     where = Place(parent.folder, folder / "model", folder / "work", "cpu", parent.digest)
     record = train(reader, config, where, parent.deadline)

@@ -11,7 +11,7 @@ from lmdistill.quantization.keys import QuantizeKeys
 from lmdistill.training.config import DistillConfig
 
 IMATRIX_TOKENS = START_TOKENS = 8_192  # that inputs are measured on, for importance matrices and before training
-WARMUP_STEPS, DECAY, CALM_STEPS = 5, 0.2, 10  # a training: up, level, and down in its last fifth; a line of the log
+WARMUP_STEPS, DECAY, CALM_STEPS = 5, 0.8, 10  # a training: up, level, and down so much of it; a line of the log
 FLOPS = 1.2e11  # of two cores with AVX2, in float32: 60.5e9 each, measured on SmolLM2's shapes
 PASSES, LEARNED_PASSES = 3e-9, 9e-9  # seconds a weight and step: onto the grid, AdamW; and back to its scales
 POINT_PASSES = 4.5e-8  # the same where each point is learned
@@ -29,7 +29,7 @@ TRAINING: dict[str, Any] = {
 POINTS_ALONE = TRAINING | {"freeze": ["*.weight"]}
 SHIPPED: dict[str, Any] = {"start": "compensated", "start_tokens": START_TOKENS, "scales": "learned"}
 OWN_LAYERS: dict[str, Any] = {"loss": "hidden_mse", "layers": "uniform", "live": True, "weight": 100.0}
-BESIDE = {"self_teacher": "frozen"}  # what the parent's layers are, from the parent itself; the head from its cache
+BESIDE = {"self_teacher": "frozen"}
 RANGES: dict[str, Any] = {"start": "weighted", "start_tokens": START_TOKENS, "scales": "learned"}
 
 
@@ -57,6 +57,11 @@ class Way:
             return {"ptq": QuantizeKeys.model_validate(bare | {"scales": "fixed"})}
         weighted = QuantizeKeys.model_validate(bare | {"start": "weighted", "scales": "fixed"})
         return {"ptq": QuantizeKeys.model_validate(bare), "ptq_imatrix": weighted}
+
+    @property
+    def cached(self) -> bool:
+        """Whether it learns from what the parent said beforehand; else the parent runs beside it."""
+        return DistillConfig.model_validate(self.training | {"tokens": 1, "quantize": self.keys}).needs_cache
 
     def step_seconds(self, weights: int) -> float:
         """About how long a step takes on two quiet cores: passes over weights; six operations a token, two to teach."""
@@ -86,7 +91,8 @@ def level_steps(count: int) -> int:
 
 
 def _shipped(name: str, preset: str, **step: int) -> Way:
-    training = TRAINING | {"intermediate": [OWN_LAYERS]}
+    """As recipes/lfm_qad.yaml has it: the parent runs beside and teaches its predictions and its layers."""
+    training = TRAINING | {"loss": "full_kl", "intermediate": [OWN_LAYERS], "lr": 1e-3}
     return Way(name, preset, {"grid": preset, **SHIPPED, **BESIDE}, training=training, **step)
 
 
@@ -98,10 +104,10 @@ def _narrow(name: str, grid: str, bits: int, **keys: Any) -> Way:
 WAYS = {
     way.name: way
     for way in (
-        _shipped("Q4_0", "q4_0", rows=2, row_tokens=128),
+        _shipped("Q4_0", "q4_0", rows=2, row_tokens=256),
         # so near to its parent that products in bfloat16 would be the larger error, and large steps too
         Way("Q8_0", "q8_0", {"grid": "q8_0"}, training=TRAINING | {"precision": "float32", "lr": 3e-5}),
-        _shipped("8da4w", "8da4w"),
+        _shipped("8da4w", "8da4w", row_tokens=256),
         _narrow("uniform_2bit", "uniform", 2, **RANGES),
         _narrow("uniform_3bit", "uniform", 3, **RANGES),
         _narrow("learned_points_2bit", "points", 2, scales="learned"),
@@ -109,6 +115,7 @@ WAYS = {
         # algorithm 2 by itself: weights as they are, points alone move
         replace(_narrow("points_alone_2bit", "points", 2, scales="learned", scale_lr=1e-2), training=POINTS_ALONE),
         _narrow("shared_points_3bit", "points", 3, scales="learned", share_bits="logarithmic"),
+        _narrow("shared_points_3bit_linear", "points", 3, scales="learned", share_bits="linear"),
     )
 }
 LEARNED = {name for name in WAYS if "bit" in name}

@@ -109,8 +109,10 @@ def test_a_count_takes_over_what_a_smaller_one_has_done_and_ends_where_it_would_
 def test_a_plan_says_what_is_missing(run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     run("--plan", "--ways", "Q4_0")
     lines = capsys.readouterr().out.splitlines()
-    pieces = ["parent", "capture-32", "Q4_0/ptq", "Q4_0/ptq_imatrix", "Q4_0/start", "Q4_0/qad-5", "Q4_0/qad-10"]
-    assert [line.split(" | ")[1] for line in lines[2:-1]] == pieces
+    pieces = ["parent", "Q4_0/ptq", "Q4_0/ptq_imatrix", "Q4_0/start", "Q4_0/qad-5", "Q4_0/qad-10"]
+    assert [line.split(" | ")[1] for line in lines[2:-1]] == pieces, "it is its own teacher: nothing to capture"
+    run("--plan", "--ways", "learned_points_2bit")
+    assert [line.split(" | ")[1] for line in capsys.readouterr().out.splitlines()[2:4]] == ["parent", "capture-32"]
     assert "min on two quiet cores" in lines[-1]
 
 
