@@ -7,9 +7,8 @@ The parents are the student that a finished run of recipes/lfm_small.yaml distil
 is that run's, more of it than the run had time for to train on, and what it held out to score. For each way: the parent
 quantised afterwards (`ptq`), the same with an importance matrix (`ptq_imatrix`), where training on the grid begins, and
 where it is after so many steps (of uniform grids and learned points few and small ones, to compare them with each
-other). A way's trainings begin as one, and each count has a way down of its own, from its first fifth on
-(benchmarks/grids/trained.py). The parent runs beside the training, or is captured once for all ways that do not ask it
-for its layers.
+other), each count a training of its own (benchmarks/grids/trained.py). The parent runs beside the training, or is
+captured once for all ways that do not ask it for its layers.
 GGUF grids are measured as files in llama.cpp, others in transformers. `recovered` is 1 − KL(QAD) / KL(best PTQ) after
 the most steps.
 

@@ -1,8 +1,6 @@
-"""Parents of benchmarks/quantize.py trained on a grid: one level stretch, with a way down at every count of steps.
+"""Parents of benchmarks/quantize.py trained on a grid, a whole training with its own way down for every count of steps.
 
-A training of 50 steps goes down from its tenth on; one of 200 is the same for the first ten, and takes them over. The
-figures at 50, 200 and 500 steps are those of three whole trainings, with their own decay, in 700 steps instead of 750.
-`python benchmarks/quantize.py` runs them in this order; without an earlier one a training begins at its beginning.
+`python benchmarks/quantize.py` runs them from the fewest steps to the most.
 """
 
 from __future__ import annotations
@@ -15,20 +13,19 @@ from pathlib import Path
 
 from grids.measured import measured
 from grids.parent import Figures, Parent, Piece
-from grids.ways import Way, level_steps
+from grids.ways import Way
 from lmdistill.training.on_grids import START
 from lmdistill.training.run import Place, train
 
 
 def trainings(parent: Parent, way: Way, counts: Sequence[int]) -> dict[str, Piece]:
     """The trainings of so many steps, as pieces of work."""
-    pieces, begun = {}, 0
-    for place, count in enumerate(counts):
-        make = partial(_trained, parent, way, counts, place)
-        seconds = (count - begun) * way.step_seconds(parent.weights) + parent.forward_seconds(parent.tokens) + 15
+    pieces = {}
+    for count in counts:
+        make = partial(_trained, parent, way, count)
+        seconds = count * way.step_seconds(parent.weights) + parent.forward_seconds(parent.tokens) + 15
         done = partial(shutil.rmtree, _folder(parent, way, count), ignore_errors=True)
         pieces[str(count)] = Piece(f"{way.name}/qad-{count}", make, seconds, done)
-        begun = level_steps(count)
     return pieces
 
 
@@ -36,19 +33,14 @@ def _folder(parent: Parent, way: Way, count: int) -> Path:
     return parent.work / way.name / f"{count}-steps"
 
 
-def _trained(parent: Parent, way: Way, counts: Sequence[int], place: int) -> Figures:
+def _trained(parent: Parent, way: Way, count: int) -> Figures:
     """The parent after so many steps on its grid, its own teacher."""
-    count = counts[place]
-    folders = [_folder(parent, way, each) for each in counts]
-    folder = folders[place]
+    folder = _folder(parent, way, count)
     _linked(parent.work / way.name / START, folder / "work" / START)
     reader = parent.reader(way)
-    config = way.config(count, counts)
+    config = way.config(count)
     where = Place(parent.folder, folder / "model", folder / "work", "cpu", parent.digest)
     record = train(reader, config, where, parent.deadline)
-    if place + 1 < len(counts):
-        level = f"checkpoint-{level_steps(count)}"
-        _linked(folder / "work" / level, folders[place + 1] / "work" / level)
     figures = measured(parent, way, folder / "model")
     return figures | {"step_tokens": record["tokens"] // record["steps"], "log": record["log"]}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,23 +70,18 @@ class Way:
         operations = 8 if "self_teacher" in self.keys else 6
         return weights * (passes + operations * self.rows * self.row_tokens / FLOPS)
 
-    def config(self, steps: int, counts: Sequence[int]) -> DistillConfig:
-        """A training of so many steps; those of all `counts` are the same up to where each goes down."""
-        every = math.gcd(*(level_steps(count) for count in counts)) or 1
+    def config(self, steps: int) -> DistillConfig:
+        """A training of so many steps."""
+        every = math.gcd(steps, CALM_STEPS)
         keys = {
             "tokens": steps * self.rows * self.row_tokens,
             "batch_rows": self.rows,
             "warmup": min(0.5, WARMUP_STEPS / steps),
             "checkpoint_steps": every,
-            "log_steps": math.gcd(every, CALM_STEPS),
+            "log_steps": every,
             "quantize": self.keys,
         }
         return DistillConfig.model_validate(self.training | keys)
-
-
-def level_steps(count: int) -> int:
-    """After how many of `count` steps a training goes down: up to there it is that of any larger count."""
-    return count - max(1, round(DECAY * count))
 
 
 def _shipped(name: str, preset: str, **step: int) -> Way:

@@ -85,27 +85,6 @@ def test_every_figure_is_there_and_a_piece_out_of_time_goes_on(
     assert run()["by_model"] == result["by_model"]  # nothing is made twice: the seconds are those of the first time
 
 
-def test_a_count_takes_over_what_a_smaller_one_has_done_and_ends_where_it_would_alone(
-    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The stretch at one step size is trained once: the figures are those of trainings of their own, bit for bit."""
-    from lmdistill.training.trainer import DistillationTrainer
-
-    made: list[int] = []
-    plain = DistillationTrainer.training_step
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made.append(self.state.global_step)
-        return plain(self, *args, **kwargs)
-
-    monkeypatch.setattr(DistillationTrainer, "training_step", counted)
-    only = ("--ways", "Q4_0", "--work")
-    both = run(*only, str(tmp_path / "both"))["Q4_0"]
-    assert made == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9]
-    alone = run(*only, str(tmp_path / "alone"), "--steps", "10")["Q4_0"]
-    assert both["kl_qad"]["10"] == alone["kl_qad"]["10"] and both["nll"]["qad_10"] == alone["nll"]["qad_10"]
-
-
 def test_a_plan_says_what_is_missing(run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     run("--plan", "--ways", "Q4_0")
     lines = capsys.readouterr().out.splitlines()
