@@ -14,7 +14,7 @@ the most steps.
 
 Every figure is kept in runs/quantize_benchmark as soon as it is there, and a training goes on from its last checkpoint:
 `--minutes` ends a piece, the same command goes on. `--plan` says what is missing and about how long each piece takes:
-about 220 minutes in all on two quiet cores with AVX2, 53 of them Q4_0, 38 to lower programs (reckoned from operations).
+about 355 minutes in all on two quiet cores with AVX2 (reckoned from operations).
 """
 
 from __future__ import annotations

@@ -26,9 +26,13 @@ TRAINING: dict[str, Any] = {
     "freeze": ["model.embed_tokens.*"],
 }
 POINTS_ALONE = TRAINING | {"freeze": ["*.weight"]}
-SHIPPED: dict[str, Any] = {"start": "compensated", "start_tokens": START_TOKENS, "scales": "learned"}
+SHIPPED: dict[str, Any] = {
+    "start": "compensated",
+    "start_tokens": START_TOKENS,
+    "scales": "learned",
+    "self_teacher": "frozen",
+}
 OWN_LAYERS: dict[str, Any] = {"loss": "hidden_mse", "layers": "uniform", "live": True, "weight": 100.0}
-BESIDE = {"self_teacher": "frozen"}
 RANGES: dict[str, Any] = {"start": "weighted", "start_tokens": START_TOKENS, "scales": "learned"}
 
 
@@ -85,9 +89,9 @@ class Way:
 
 
 def _shipped(name: str, preset: str, **step: int) -> Way:
-    """As recipes/lfm_qad.yaml has it: the parent runs beside and teaches its predictions and its layers."""
+    """The parent runs beside and teaches its predictions and its layers, as in recipes/lfm_qad.yaml."""
     training = TRAINING | {"loss": "full_kl", "intermediate": [OWN_LAYERS], "lr": 1e-3}
-    return Way(name, preset, {"grid": preset, **SHIPPED, **BESIDE}, training=training, **step)
+    return Way(name, preset, {"grid": preset, **SHIPPED}, training=training, **step)
 
 
 def _narrow(name: str, grid: str, bits: int, **keys: Any) -> Way:
